@@ -1,0 +1,133 @@
+"""The command line: argument parsing only."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tiltflow.errors import ConfigError, TiltflowError
+
+Overrides = list[tuple[str, str]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after an error of the user's."""
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        return int(known.run(known, _overrides(rest)) or 0)
+    except TiltflowError as error:
+        print(f"tiltflow {known.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tiltflow", description="Post-train image generators towards rewards, and measure what it did."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="post-train a generator", allow_abbrev=False)
+    train.add_argument("config", help="path of a YAML file, or the name of a packaged config such as shapes_ram")
+    train.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    train.set_defaults(run=_train)
+
+    pretrain = commands.add_parser("pretrain", help="make a small model from scratch", allow_abbrev=False)
+    pretrain.add_argument("config", help="path of a YAML file, or tiny_sd3")
+    pretrain.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    pretrain.set_defaults(run=_pretrain)
+
+    evaluate = commands.add_parser("evaluate", help="score a checkpoint's or a model's images", allow_abbrev=False)
+    _policy_arguments(evaluate)
+    evaluate.add_argument("--prompts", help="a named set (shapes, geneval, ocr, drawbench) or a file")
+    evaluate.add_argument(
+        "--rewards", help="YAML, for example '[Geneval]' or '[{reward_model: Geneval, detector: shapes}]'"
+    )
+    evaluate.add_argument("--output_dir", type=Path, help="where the results go; beside the checkpoint by default")
+    evaluate.set_defaults(run=_evaluate)
+
+    sample = commands.add_parser("sample", help="write images of prompts", allow_abbrev=False)
+    _policy_arguments(sample)
+    sample.add_argument("--prompt", action="append", required=True, help="what to draw; give it once per prompt")
+    sample.add_argument("--count", type=int, default=4, help="images per prompt")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def _policy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder such as outputs/<run>/latest")
+    parser.add_argument("--model_name", help="a pretrained model: folder, hub name, or tiny_sd3")
+
+
+def _train(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    if arguments.print_config:
+        from tiltflow.config import dump, load_run_config
+
+        print(dump(load_run_config(arguments.config, overrides)), end="")
+        return
+    from tiltflow.commands import train
+
+    train(arguments.config, overrides)
+
+
+def _pretrain(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    from tiltflow.config import dump, load_pretrain_config
+
+    config = load_pretrain_config(arguments.config, overrides)
+    if arguments.print_config:
+        print(dump(config), end="")
+        return
+    from tiltflow.commands import run_pretraining
+
+    print(f"checkpoint: {run_pretraining(config)}")
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    from tiltflow.commands import run_evaluation
+
+    result = run_evaluation(
+        checkpoint=arguments.checkpoint,
+        model_name=arguments.model_name,
+        prompts=arguments.prompts,
+        rewards=arguments.rewards,
+        overrides=overrides,
+        output_dir=arguments.output_dir,
+    )
+    print("\n".join(result.result_lines()))
+
+
+def _sample(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    from tiltflow.commands import run_sampling
+
+    files = run_sampling(
+        checkpoint=arguments.checkpoint,
+        model_name=arguments.model_name,
+        prompts=arguments.prompt,
+        count=arguments.count,
+        seed=arguments.seed,
+        overrides=overrides,
+        output_dir=arguments.output_dir,
+    )
+    print("\n".join(str(path) for path in files))
+
+
+def _overrides(rest: Sequence[str]) -> Overrides:
+    """Read `--key value` and `--key=value` pairs."""
+    pairs: Overrides = []
+    waiting: str | None = None
+    for word in rest:
+        if waiting is not None:
+            pairs.append((waiting, word))
+            waiting = None
+        elif not word.startswith("--"):
+            raise ConfigError(f"{word!r}: write overrides as --key value")
+        elif "=" in word:
+            key, _, value = word[2:].partition("=")
+            pairs.append((key, value))
+        else:
+            waiting = word[2:]
+    if waiting is not None:
+        raise ConfigError(f"--{waiting} needs a value")
+    return pairs

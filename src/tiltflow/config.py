@@ -1,0 +1,251 @@
+"""The run schema: every room's own config class, composed; reading YAML, overrides and packaged configs."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from tiltflow.algorithms import RAMConfig
+from tiltflow.errors import ConfigError
+from tiltflow.evaluation import EvaluationConfig
+from tiltflow.policies.sd3 import SD3Config
+from tiltflow.rewards.base import RewardArguments
+from tiltflow.rewards.registry import UPCOMING, check_reward
+from tiltflow.runtime.tracking import TrackingConfig
+from tiltflow.training.pretrain import PretrainConfig
+from tiltflow.training.rollout import SamplerConfig
+from tiltflow.training.trainer import TrainConfig
+from tiltflow.types import Config
+
+PACKAGED = Path(__file__).parent / "configs"
+
+
+class DataConfig(Config):
+    """Which prompts are trained and evaluated on."""
+
+    prompts: str
+    eval_prompts: str
+    tag_shares: dict[str, float] | None = None
+    blocklist: tuple[str, ...] = ()
+
+
+class CheckpointConfig(Config):
+    """How many checkpoints are kept."""
+
+    keep: int = Field(default=2, ge=1)
+
+
+class RunConfig(Config):
+    """Everything that decides a post-training run."""
+
+    seed: int = 0
+    output_dir: str | None = None
+    policy: SD3Config
+    data: DataConfig
+    algorithm: RAMConfig = RAMConfig()
+    train: TrainConfig = TrainConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    rewards: tuple[RewardArguments, ...] = Field(min_length=1)
+    eval_rewards: tuple[RewardArguments, ...] = ()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
+    """Load a run config by path or packaged name, apply overrides and check everything.
+
+    Args:
+        source: A path to a YAML file, or the name of a packaged config such as `shapes_ram`.
+        overrides: (key, value) pairs; the key is dotted or the last part of exactly one key, the value is YAML.
+
+    Returns:
+        The checked config, with `output_dir` filled in.
+
+    Raises:
+        ConfigError: Something is missing, unknown, ambiguous or wrong; names the field, the value and the remedy.
+    """
+    path = find_config(source)
+    values = read_yaml(path)
+    for key, text in overrides:
+        set_key(values, resolve_key(key, RunConfig), parse_value(key, text))
+    if values.get("output_dir") is None:
+        values["output_dir"] = f"outputs/{path.stem}"
+    return run_config(values, source=str(path))
+
+
+def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> PretrainConfig:
+    """Load a pretraining config by path or packaged name and apply overrides.
+
+    Raises:
+        ConfigError: As `load_run_config`.
+    """
+    path = find_config(source)
+    values = read_yaml(path)
+    for key, text in overrides:
+        set_key(values, resolve_key(key, PretrainConfig), parse_value(key, text))
+    return validate(PretrainConfig, values, source=str(path))
+
+
+def run_config(values: Mapping[str, Any], *, source: str) -> RunConfig:
+    """Check a nested mapping against the schema, rewards included."""
+    normal = {key: value for key, value in values.items()}
+    for key in ("rewards", "eval_rewards"):
+        if key in normal:
+            normal[key] = normalise_rewards(normal[key], key=key)
+    config: RunConfig = validate(RunConfig, normal, source=source)
+    for reward in (*config.rewards, *config.eval_rewards):
+        if reward.reward_model not in UPCOMING:
+            check_reward(reward)
+    return config
+
+
+def validate(schema: type[Any], values: Mapping[str, Any], *, source: str) -> Any:
+    """Validate values against a config class.
+
+    Raises:
+        ConfigError: The first problem: an unknown key with the nearest one, a missing key, or a wrong value.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        problems = error.errors()
+        raise ConfigError("\n".join(_describe(problem, schema, source) for problem in problems[:5])) from error
+
+
+def normalise_rewards(value: Any, *, key: str = "rewards") -> list[dict[str, Any]]:
+    """Bring `rewards:` into its full form: a list of entries whose own options are under `options`.
+
+    A single mapping is a list of one; a bare string is a reward with its defaults.
+    """
+    entries = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(entries, list | tuple):
+        raise ConfigError(f"{key}={value!r}: write a list of rewards, one mapping, or names such as '[Geneval]'")
+    return [_normalise_reward(entry, key=key) for entry in entries]
+
+
+def _normalise_reward(entry: Any, *, key: str) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"name": entry.rpartition(".")[2], "reward_model": entry}
+    if not isinstance(entry, Mapping) or "reward_model" not in entry:
+        raise ConfigError(f"{key}: an entry needs `reward_model` (a built-in name or a Python path); got {entry!r}")
+    known = {name: value for name, value in entry.items() if name in RewardArguments.model_fields}
+    own = {name: value for name, value in entry.items() if name not in RewardArguments.model_fields}
+    known.setdefault("name", str(entry["reward_model"]).rpartition(".")[2])
+    known["options"] = {**known.get("options", {}), **own}
+    return known
+
+
+def find_config(source: str) -> Path:
+    """Return the file of a config given by path or packaged name.
+
+    Raises:
+        ConfigError: There is neither; names the packaged configs and the nearest one.
+    """
+    path, packaged = Path(source), PACKAGED / f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"config {source!r}: no such file")
+    if packaged.is_file():
+        return packaged
+    names = packaged_configs()
+    near = difflib.get_close_matches(source, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"config {source!r}: no such file or packaged config{hint} Packaged: {', '.join(names)}")
+
+
+def packaged_configs() -> list[str]:
+    """Return the names of the configs that come with the package."""
+    return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} must hold a mapping of keys; it holds {type(values).__name__}")
+    return values
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Read an override's value as YAML; `1e-4`, which YAML takes for a string, is a number."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key} {text!r} is not a valid YAML value: {error}") from error
+    if isinstance(value, str):
+        try:
+            return float(value) if value.lower() not in ("nan", "inf", "infinity") else value
+        except ValueError:
+            return value
+    return value
+
+
+def resolve_key(key: str, schema: type[BaseModel]) -> str:
+    """Return the full dotted name of a key given in full or by the last part of exactly one key.
+
+    Raises:
+        ConfigError: No key or several keys match; lists the candidates.
+    """
+    keys = list(dotted_keys(schema))
+    if key in keys:
+        return key
+    matches = [full for full in keys if full.endswith(f".{key}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"--{key} is ambiguous; it could be: {', '.join(matches)}")
+    last_parts = {full.rpartition(".")[2]: full for full in keys}
+    near = [
+        last_parts.get(name, name) for name in difflib.get_close_matches(key, [*keys, *last_parts], n=3, cutoff=0.6)
+    ]
+    hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else f"; keys: {', '.join(keys)}"
+    raise ConfigError(f"--{key} is not a key of the config{hint}")
+
+
+def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every key of a schema, sections included, in full dotted form."""
+    for name, info in schema.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from dotted_keys(info.annotation, f"{prefix}{name}.")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in a nested mapping."""
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[last] = value
+
+
+def dump(config: Config) -> str:
+    """Return a config as YAML that loads to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _describe(problem: Any, schema: type[BaseModel], source: str) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        keys = list(dotted_keys(schema))
+        name = path.rpartition(".")[2]
+        siblings = {full.rpartition(".")[2]: full for full in reversed(keys)}
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+        hint = f"; did you mean {siblings[near[0]]!r}?" if near else ""
+        return f"{source}: unknown key {path!r}{hint}"
+    if problem["type"] == "missing":
+        return f"{source}: key {path!r} is missing; it has no default"
+    return f"{source}: {path}={problem.get('input')!r}: {problem['msg']}"

@@ -1,0 +1,25 @@
+"""The exception tree: every error a user can cause names the field, the value, the legal set and the remedy."""
+
+
+class TiltflowError(Exception):
+    """Base of every error that tiltflow raises on purpose; the command line prints its message without a traceback."""
+
+
+class ConfigError(TiltflowError):
+    """A config, an override or an option is wrong."""
+
+
+class GeometryError(ConfigError):
+    """Batch or epoch sizes do not fit each other."""
+
+
+class DataError(TiltflowError):
+    """A prompt, preference or image file is missing, empty or malformed."""
+
+
+class CheckpointError(TiltflowError):
+    """A checkpoint cannot be written, read or trusted."""
+
+
+class RewardError(TiltflowError):
+    """A reward cannot be built, or failed where failing is not allowed."""

@@ -1,0 +1,21 @@
+"""Checkpoint x prompts x rewards -> results with 95% intervals."""
+
+from tiltflow.evaluation.measure import EvaluationConfig, choose_prompts, evaluate, to_picture, write_png
+from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, compare_table, paired_difference, summarise
+from tiltflow.evaluation.statistics import Estimate, estimate, estimate_stratified
+
+__all__ = [
+    "Estimate",
+    "EvaluationConfig",
+    "EvaluationResult",
+    "EvaluationRow",
+    "choose_prompts",
+    "compare_table",
+    "estimate",
+    "estimate_stratified",
+    "evaluate",
+    "paired_difference",
+    "summarise",
+    "to_picture",
+    "write_png",
+]

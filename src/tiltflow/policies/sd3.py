@@ -1,0 +1,215 @@
+"""Stable Diffusion 3 and 3.5 (and the embedded tiny one) over diffusers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+
+from tiltflow.errors import CheckpointError, ConfigError
+from tiltflow.flow.steps import sigma_schedule
+from tiltflow.policies.base import Policy
+from tiltflow.policies.parameters import PolicyWeights
+from tiltflow.types import Conditioning, Config
+
+# The eight attention maps of every joint block that all published recipes for SD3.5 train.
+ATTENTION_TARGETS = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+)
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class LoRAOptions(Config):
+    """Low-rank adapters on the transformer."""
+
+    rank: int = 32
+    alpha: int = 64
+    targets: tuple[str, ...] = ATTENTION_TARGETS
+
+
+class SD3Config(Config):
+    """How a Stable Diffusion 3 pipeline is loaded and trained."""
+
+    family: Literal["sd3"] = "sd3"
+    model_name: str
+    finetune: Literal["lora", "full"] = "lora"
+    lora: LoRAOptions = LoRAOptions()
+    height: int = 512
+    width: int = 512
+    max_sequence_length: int = 128
+    precision: Precision = "bf16"  # of the transformer's arithmetic (autocast); trained weights are always fp32
+    frozen_dtype: Precision = "fp32"  # in which the transformer's untrained weights are kept under LoRA
+    text_encoder_dtype: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    unload_text_encoders: bool = False
+    prompt_cache_size: int = 4096
+
+
+class SD3Policy(Policy):
+    """A Stable Diffusion 3 pipeline as a policy; only its transformer is trained."""
+
+    def __init__(self, config: SD3Config, *, device: torch.device, seed: int):
+        """Load the pipeline and prepare what is trained.
+
+        Args:
+            config: The model and how it is trained.
+            device: Where it computes.
+            seed: Seeds the adapters' first weights.
+
+        Raises:
+            ConfigError: The model is neither a local folder nor in the hub's cache or reach.
+        """
+        super().__init__(prompt_cache_size=config.prompt_cache_size)
+        self.config = config
+        self.device = device
+        self.pipe: Any = load_pipeline(config.model_name)
+        self.transformer: Any = self.pipe.transformer
+        self._freeze()
+        self.weights = self._lora(seed) if config.finetune == "lora" else self._full()
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        self.latent_shape = (self.transformer.config.in_channels, config.height // factor, config.width // factor)
+
+    def velocity(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return v(x_t, t, c), float32 `[B, C, h, w]`; the network reads the time as 1000 t."""
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = self.transformer(
+                hidden_states=latents,
+                timestep=t * 1000,
+                encoder_hidden_states=conditioning.tensors["encoder_hidden_states"],
+                pooled_projections=conditioning.tensors["pooled_projections"],
+                return_dict=False,
+            )
+        return output[0].float()
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Compute prompt embeddings through the pipeline's own encoders.
+
+        Raises:
+            ConfigError: The text encoders were unloaded and a new prompt came.
+        """
+        if self.pipe.text_encoder is None:
+            raise ConfigError(
+                f"prompt {prompts[0]!r} has no cached embedding and policy.unload_text_encoders=true has dropped the "
+                "text encoders; raise policy.prompt_cache_size or keep the encoders"
+            )
+        tokens, _, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+        return Conditioning({"encoder_hidden_states": tokens.float(), "pooled_projections": pooled.float()})
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images in [0, 1], float32 `[B, 3, H, W]`."""
+        scaling = self.pipe.vae.config
+        decoded = self.pipe.vae.decode(latents / scaling.scaling_factor + scaling.shift_factor, return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Return the times of the pipeline's own flow-match Euler scheduler, `[num_steps + 1]`."""
+        scheduler = self.pipe.scheduler.config
+        return sigma_schedule(num_steps, shift=scheduler.shift, num_train_timesteps=scheduler.num_train_timesteps).to(
+            self.device
+        )
+
+    @torch.no_grad()
+    def export(self, directory: Path) -> None:
+        """Write the weights in use: a LoRA file for `load_lora_weights`, or a pipeline for `from_pretrained`."""
+        if self.config.finetune == "full":
+            if self.pipe.text_encoder is None:
+                raise CheckpointError(
+                    "a full fine-tuning checkpoint holds the whole pipeline, and policy.unload_text_encoders=true has "
+                    "dropped a part of it; set it to false"
+                )
+            self.pipe.save_pretrained(directory)
+            return
+        adapter = self.transformer.peft_config["default"].to_dict()
+        metadata = {key: _jsonable(value) for key, value in adapter.items()}
+        layers: Any = get_peft_model_state_dict(self.transformer)
+        StableDiffusion3Pipeline.save_lora_weights(
+            directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
+        )
+
+    def unload_text_encoders(self) -> None:
+        """Free the text encoders; from now on only cached prompts can be used."""
+        self.pipe.text_encoder = self.pipe.text_encoder_2 = self.pipe.text_encoder_3 = None
+
+    def _freeze(self) -> None:
+        text_dtype = DTYPES[self.config.text_encoder_dtype]
+        for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
+            if encoder is not None:
+                encoder.requires_grad_(False).eval().to(self.device, text_dtype)
+        self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
+        self.transformer.requires_grad_(False).eval()
+
+    def _lora(self, seed: int) -> PolicyWeights:
+        options = self.config.lora
+        self.transformer.to(self.device, DTYPES[self.config.frozen_dtype])
+        torch.manual_seed(seed)
+        self.transformer.add_adapter(
+            LoraConfig(
+                r=options.rank,
+                lora_alpha=options.alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(options.targets),
+            )
+        )
+        trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        for parameter in trainable.values():
+            parameter.data = parameter.data.float()
+        return PolicyWeights(trainable, reference=self._adapters_off)
+
+    def _full(self) -> PolicyWeights:
+        self.transformer.to(self.device, torch.float32).requires_grad_(True)
+        return PolicyWeights(dict(self.transformer.named_parameters()))
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+
+def load_pipeline(model_name: str) -> StableDiffusion3Pipeline:
+    """Load a stock pipeline from a folder or the hub.
+
+    Raises:
+        ConfigError: There is no such folder and the hub does not know or give it.
+    """
+    try:
+        return StableDiffusion3Pipeline.from_pretrained(model_name, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"policy.model_name={model_name!r} could not be loaded as a Stable Diffusion 3 pipeline: {error}\n"
+            "Give a local folder in diffusers format, the name of a hub repository that you may access (gated ones "
+            "need `hf auth login`), or 'tiny_sd3' for the embedded model."
+        ) from error
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value)
+    return value

@@ -1,0 +1,6 @@
+"""What a run leaves for people to look at: the HTML report, image grids and the before/after picture."""
+
+from tiltflow.report.page import write_report
+from tiltflow.report.pictures import before_after_picture, save_grid
+
+__all__ = ["before_after_picture", "save_grid", "write_report"]

@@ -1,0 +1,284 @@
+"""What a report shows, read from the folder of a run; whatever is missing becomes a sentence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tiltflow.errors import DataError
+from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference
+from tiltflow.runtime.tracking import read_jsonl
+
+GLOSSES = {
+    "strict": "images that show exactly the objects asked for, no more",
+    "correct": "images that show at least the objects asked for (the leaderboard's rule)",
+    "partial": "how much of the prompt an image shows, averaged",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The readable parts of a run's folder."""
+
+    folder: Path
+    metrics: Sequence[dict[str, Any]]  # one per step, in order
+    config: str | None
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    problems: Sequence[str]  # files that exist and cannot be read
+
+    @property
+    def results(self) -> list[EvaluationResult]:
+        """The evaluations that exist, before first."""
+        return [result for result in (self.before, self.after) if result is not None]
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """`train.epochs` of the config, where it can be read."""
+        try:
+            content = yaml.safe_load(self.config or "")
+        except yaml.YAMLError:
+            return None
+        train = content.get("train") if isinstance(content, dict) else None
+        epochs = train.get("epochs") if isinstance(train, dict) else None
+        return epochs if isinstance(epochs, int) else None
+
+    def curve(self, key: str) -> tuple[list[int], list[float | None]]:
+        """Return the steps and values of a metric; steps without the key are left out."""
+        rows = [row for row in self.metrics if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    def names(self, prefix: str, suffix: str = "") -> list[str]:
+        """Return what stands between prefix and suffix in the metrics' keys, in order of appearance."""
+        keys = dict.fromkeys(key for row in self.metrics for key in row)
+        inner = [key[len(prefix) : len(key) - len(suffix)] for key in keys if _is_between(key, prefix, suffix)]
+        return [name for name in inner if name]
+
+    def total(self, key: str) -> float:
+        """Return the sum of a metric over the run."""
+        return sum(value for value in self.curve(key)[1] if value is not None)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number, before and after."""
+
+    key: str
+    gloss: str
+    before: Estimate | None
+    after: Estimate | None
+    difference: Estimate | None  # over the same prompts and noise
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image file and the verdict of a reward that judges as GenEval does."""
+
+    path: Path
+    strict: bool | None
+    reasons: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The images of one prompt and noise; one side may be missing."""
+
+    prompt: str
+    before: Shot | None
+    after: Shot | None
+
+
+@dataclass(frozen=True)
+class TagRow:
+    """One line of the table per tag: the key and, per evaluation, its estimates."""
+
+    tag: str
+    images: int
+    cells: Sequence[Estimate | None]  # correct before, correct after, strict before, strict after
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run's folder, finished or not.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if not run_dir.is_dir():
+        raise DataError(f"run folder {run_dir} does not exist; give the output_dir of a run")
+    problems: list[str] = []
+    config = run_dir / "config.yaml"
+    return Run(
+        run_dir,
+        _metrics(run_dir / "metrics.jsonl", problems),
+        config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        _result(run_dir / "evaluations" / "before.json", problems),
+        _result(run_dir / "evaluations" / "after.json", problems),
+        problems,
+    )
+
+
+def headline(run: Run) -> tuple[list[Card], list[str]]:
+    """Return the main numbers and plain sentences about the first of them and about how they were measured."""
+    keys = list(dict.fromkeys(key for result in run.results for key in main_keys(result)))
+    cards, sentences = list[Card](), list[str]()
+    for key in keys:
+        before, after = (result.summary.get(key) if result else None for result in (run.before, run.after))
+        difference = None
+        if run.before and run.after and before and after:
+            try:
+                difference = paired_difference(run.before, run.after, key)
+            except DataError as error:
+                sentences += [str(error)] if str(error) not in sentences else []
+        cards.append(Card(key, GLOSSES.get(key.rpartition("_")[2], "mean score"), before, after, difference))
+    first = cards[0] if cards else None
+    if first and first.before and first.after:
+        sentences.insert(0, verdict(first.key, first.before, first.after, first.difference))
+    return cards, [*sentences, *_measured(run)]
+
+
+def main_keys(result: EvaluationResult) -> list[str]:
+    """Return the keys that sum an evaluation up: strict, correct and partial, or the mean score, of each reward."""
+    keys: list[str] = []
+    for name in dict.fromkeys(name for row in result.rows for name in row.scores):
+        prefix = name.lower()
+        judged = [f"{prefix}_{kind}" for kind in ("strict", "correct", "partial")]
+        keys += judged if judged[0] in result.summary else [prefix]
+    return keys
+
+
+def verdict(key: str, before: Estimate, after: Estimate, difference: Estimate | None) -> str:
+    """Say in one or two sentences what changed and how sure that is."""
+    moved = "stayed"
+    if before.value != after.value:
+        moved = "rose" if after.value > before.value else "fell"
+    apart = before.high < after.low or after.high < before.low
+    text = (
+        f"{key} {moved}: {before} before, {after} after; the 95% intervals {'do not overlap' if apart else 'overlap'}."
+    )
+    if difference is None:
+        return text
+    certain = difference.low > 0 or difference.high < 0
+    meaning = "so chance alone is an unlikely cause" if certain else "so the change may be chance"
+    has_zero = "excludes" if certain else "includes"
+    return (
+        f"{text} For the same prompts and noise the difference is {difference.value:+.3f} "
+        f"[{difference.low:+.3f}, {difference.high:+.3f}], which {has_zero} zero, {meaning}."
+    )
+
+
+def pairs(run: Run, *, limit: int) -> list[Pair]:
+    """Return up to `limit` images, spread over all that both evaluations kept (or the only one that kept any)."""
+    folder = run.folder / "evaluations"
+    shots = [_shots(result, folder) if result else {} for result in (run.before, run.after)]
+    places = sorted(shots[0].keys() & shots[1].keys() or shots[0].keys() | shots[1].keys())
+    chosen = places if len(places) <= limit else [places[i * len(places) // limit] for i in range(limit)]
+    prompts = {(row.group, row.sample): row.prompt for result in run.results for row in result.rows}
+    return [Pair(prompts[place], shots[0].get(place), shots[1].get(place)) for place in chosen]
+
+
+def tag_tables(run: Run) -> dict[str, list[TagRow]]:
+    """Return, per reward that judges as GenEval does, a line per tag and one for their unweighted mean."""
+    summaries = [result.summary if result else {} for result in (run.before, run.after)]
+    tables: dict[str, list[TagRow]] = {}
+    for name in dict.fromkeys(name for result in run.results for row in result.rows for name in row.scores):
+        marker = f"{name.lower()}_correct_"
+        tags = list(dict.fromkeys(key[len(marker) :] for part in summaries for key in part if key.startswith(marker)))
+        if tags:
+            tables[name] = [_tag_row(name.lower(), tag, summaries) for tag in (*tags, "")]
+    return tables
+
+
+def timings(run: Run) -> list[tuple[str, float, float]]:
+    """Return (stage, mean seconds per epoch, total seconds), what no stage accounts for as "other"."""
+    stages = [name for name in run.names("seconds/") if name != "epoch"]
+    rows = [(name, run.total(f"seconds/{name}"), len(run.curve(f"seconds/{name}")[0])) for name in stages]
+    other = run.total("seconds/epoch") - sum(total for _, total, _ in rows)
+    if other > 0:
+        rows.append(("other", other, len(run.curve("seconds/epoch")[0])))
+    return [(name, total / count, total) for name, total, count in rows]
+
+
+def failures(run: Run) -> list[tuple[str, str, int]]:
+    """Return (where, reward, images without a score and the causes known) for every reward that ever failed."""
+    found = [("training", name, int(run.total(f"failures/{name}"))) for name in run.names("failures/")]
+    for result in run.results:
+        for name in dict.fromkeys(name for row in result.rows for name in row.scores):
+            missing = [row for row in result.rows if row.scores.get(name) is None]
+            causes = dict.fromkeys(str(row.info.get(name, {}).get("failure", "unknown")) for row in missing)
+            label = f"{name} ({'; '.join(list(causes)[:3])})" if missing else name
+            found.append((f"evaluation {result.name!r}", label, len(missing)))
+    return [entry for entry in found if entry[2] > 0]
+
+
+def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Read the metrics, rows of one step merged."""
+    if not path.is_file():
+        return []
+    try:
+        rows = read_jsonl(path)
+    except DataError as error:
+        problems.append(str(error))
+        return []
+    steps: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _result(path: Path, problems: list[str]) -> EvaluationResult | None:
+    if not path.is_file():
+        return None
+    try:
+        return EvaluationResult.load(path)
+    except DataError as error:
+        problems.append(str(error))
+        return None
+
+
+def _measured(run: Run) -> list[str]:
+    """Say how the evaluations were made, and what differs between them."""
+    if not run.results:
+        return []
+    settings = run.results[-1].settings
+    shown = {"images": "images", "prompts": "prompts", "num_steps": "sampling steps", "guidance_scale": "guidance"}
+    parts = [f"{label} {settings[key]}" for key, label in shown.items() if key in settings]
+    sentences = [f"How it was measured: {', '.join(parts)}."] if parts else []
+    if run.before and run.after:
+        first, second = run.before.settings, run.after.settings
+        keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+        changes = [f"{key} ({first.get(key)} before, {second.get(key)} after)" for key in keys]
+        sentences += [f"Careful: the two evaluations differ in {', '.join(changes)}."] if changes else []
+    return sentences
+
+
+def _shots(result: EvaluationResult, folder: Path) -> dict[tuple[int, int], Shot]:
+    """Return the images that exist, by (prompt, sample)."""
+    shots: dict[tuple[int, int], Shot] = {}
+    root = folder.resolve()
+    for row in result.rows:
+        if row.image is None:
+            continue
+        path = folder / row.image
+        # A result file from elsewhere must not pull other files of this machine into a page that gets shared.
+        if path.resolve().is_relative_to(root) and path.is_file():
+            shots[row.group, row.sample] = _shot(row, path)
+    return shots
+
+
+def _shot(row: EvaluationRow, path: Path) -> Shot:
+    judged = [cells for cells in row.info.values() if "strict" in cells]
+    if not judged:
+        return Shot(path, None, "")
+    return Shot(path, bool(judged[0]["strict"]), "; ".join(str(reason) for reason in judged[0].get("reasons", ())))
+
+
+def _tag_row(prefix: str, tag: str, summaries: Sequence[Any]) -> TagRow:
+    suffix = f"_{tag}" if tag else ""
+    cells = [part.get(f"{prefix}_{kind}{suffix}") for kind in ("correct", "strict") for part in summaries]
+    return TagRow(tag or "mean over tags", max(cell.count for cell in cells if cell is not None), cells)
+
+
+def _is_between(key: str, prefix: str, suffix: str) -> bool:
+    return key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)

@@ -1,0 +1,25 @@
+"""Rewards: the protocol, the built-in ones, and the engine that runs them."""
+
+from tiltflow.rewards.base import (
+    GroupwiseRewardModel,
+    PointwiseRewardModel,
+    RewardArguments,
+    RewardModel,
+    RewardModelOutput,
+)
+from tiltflow.rewards.engine import RewardEngine
+from tiltflow.rewards.registry import REWARDS, build_reward, build_reward_model, check_reward, reward_class
+
+__all__ = [
+    "REWARDS",
+    "GroupwiseRewardModel",
+    "PointwiseRewardModel",
+    "RewardArguments",
+    "RewardEngine",
+    "RewardModel",
+    "RewardModelOutput",
+    "build_reward",
+    "build_reward_model",
+    "check_reward",
+    "reward_class",
+]

@@ -1,0 +1,98 @@
+"""The reward protocol: what a reward is given, what it returns, and how it is configured."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tiltflow.types import Config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
+
+FIELDS = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RewardArguments(Config):
+    """One entry of `rewards:`; `options` holds the keys that only this reward knows."""
+
+    name: str
+    reward_model: str
+    weight: float = 1.0
+    batch_size: int = Field(default=16, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    on_error: Literal["raise", "mask"] = "raise"
+    options: Mapping[str, Any] = Field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class RewardModelOutput:
+    """What a reward returns for B samples.
+
+    Example: `RewardModelOutput(torch.tensor([0.2, 0.9]), {"tag": ["colors", "position"]})`.
+    """
+
+    rewards: Tensor | Sequence[float]  # [B]; NaN marks a sample that could not be scored
+    extra_info: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Any])  # key -> B values
+
+
+class RewardModel(ABC):
+    """What pointwise and groupwise rewards share; subclass one of those two."""
+
+    required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
+    use_tensor_inputs: ClassVar[bool] = False
+    Options: ClassVar[type[Config]] = Config  # the reward's own config keys
+
+    def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):
+        """Keep the config; a subclass loads its model after calling this.
+
+        Args:
+            config: The reward's entry in `rewards:`, its own options already validated.
+            accelerator: The training process's accelerator, or None outside of training.
+        """
+        self.config = config
+        self.accelerator = accelerator
+        self.device = _device(config.device, accelerator)
+        self.dtype = DTYPES[config.dtype]
+
+    @property
+    def options(self) -> Any:
+        """The reward's own options as an instance of its `Options` class."""
+        return self.Options.model_validate(dict(self.config.options))
+
+    @abstractmethod
+    def __call__(
+        self,
+        prompt: list[str],
+        image: Any = None,
+        video: Any = None,
+        condition_images: Any = None,
+        condition_videos: Any = None,
+    ) -> RewardModelOutput:
+        """Score samples; receives the fields of `required_fields` by keyword and no others.
+
+        Media are lists of PIL images, or of float tensors `[C, H, W]` in [0, 1] when `use_tensor_inputs` is set. A
+        reward that requires `metadata` takes it as one more keyword, a list of the prompts' metadata.
+        """
+
+
+class PointwiseRewardModel(RewardModel):
+    """Scores each sample on its own; called with batches of at most `config.batch_size` samples."""
+
+
+class GroupwiseRewardModel(RewardModel):
+    """Scores all samples of one prompt together; called with one whole group and batches by itself."""
+
+
+def _device(name: str, accelerator: "Accelerator | None") -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if accelerator is not None:
+        return accelerator.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,1 @@
+"""What every run needs: processes, checkpoints, tracking and random numbers."""

@@ -1,0 +1,98 @@
+"""One process or many: ranks, shares of an epoch, sums over ranks, and failures that no rank waits for."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from tiltflow.errors import GeometryError
+
+T = TypeVar("T")
+
+
+class Distributed:
+    """The process group as the trainer needs it; every method is a no-op or identity in a single process."""
+
+    def __init__(self, *, timeout_seconds: int = 1800):
+        """Join the group that `torchrun` or `accelerate launch` has set up, if any."""
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
+        self.accelerator = Accelerator(kwargs_handlers=[patience], cpu=not torch.cuda.is_available())
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this rank's contiguous share of items whose number the world size divides."""
+        size = len(items) // self.world_size
+        return items[self.rank * size : (self.rank + 1) * size]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over ranks; the argument is left alone."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over ranks, in one message."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+    def gather(self, item: T) -> list[T]:
+        """Return every rank's object, in rank order."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on all ranks when one of them failed, so that none waits for a dead one.
+
+        Raises:
+            Exception: This rank's own error, or a RuntimeError that tells which rank failed and why.
+        """
+        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"rank {rank} failed: {message}")
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def check_divisible(name: str, value: int, divisor: int, *, why: str) -> None:
+    """Check an epoch size.
+
+    Raises:
+        GeometryError: `divisor` does not divide `value`; names the two nearest legal values.
+    """
+    if value > 0 and value % divisor == 0:
+        return
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    legal = f"{below} or {above}" if below > 0 else f"{above} or {above + divisor}"
+    raise GeometryError(f"{name}={value} must be a positive multiple of {divisor} ({why}); nearest legal: {legal}")

@@ -1,0 +1,288 @@
+"""Pretraining from scratch: an autoencoder by reconstruction, then a text-to-image model by flow matching.
+
+Flow matching (Lipman et al. 2023; Esser et al. 2024, eq. 2) regresses the velocity of the linear path,
+
+    L = E || v_theta(x_t, t, c) - (eps - x0) ||^2,    t ~ logit-normal(0, 1),
+
+with the caption c replaced by the empty one now and then, so that classifier-free guidance works.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiltflow.flow.paths import interpolate, logit_normal_times
+from tiltflow.policies.model_card import model_card
+from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compact, text_embeddings
+from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
+from tiltflow.runtime.randomness import generator
+from tiltflow.types import Config
+
+Log = Callable[[str, int, float], None]
+
+
+class CaptionedImages(Protocol):
+    """A source of training pairs; made without arguments."""
+
+    captions: Sequence[str]  # every caption that can occur: the tokenizer's vocabulary
+
+    def draw(self, count: int, *, seed: int) -> tuple[Tensor, list[str]]:
+        """Return images, uint8 `[count, 3, H, W]`, and their captions, the same for the same seed."""
+        ...
+
+
+class AutoencoderTraining(Config):
+    """Reconstruction training of the autoencoder."""
+
+    steps: int = 2_400
+    batch_size: int = 32
+    lr: float = 2e-3
+    kl_weight: float = 1e-6
+    pool_size: int = 20_000
+
+
+class PretrainConfig(Config):
+    """Everything that decides a pretraining run."""
+
+    output_dir: str = "outputs/tiny_sd3"
+    source: str = "tiltflow.demo.dataset:DrawnScenes"
+    seed: int = 0
+    model: TinySD3Config = TinySD3Config()
+    autoencoder: AutoencoderTraining = AutoencoderTraining()
+    steps: int = 5_000
+    batch_size: int = 64
+    lr: float = 8e-4
+    warmup_steps: int = 200
+    final_lr_fraction: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    caption_dropout: float = 0.1
+    long_context_every: int = 20  # every so many steps a quarter batch sees the stock pipeline's 256 silent T5 tokens
+    ema_decay: float = 0.999
+    pool_size: int = 80_000
+    bf16: bool = True
+    save_every: int = 500
+
+
+def pretrain(config: PretrainConfig, *, log: Log) -> Path:
+    """Make a model from scratch; run again after an interruption, it continues from its last saved step.
+
+    Args:
+        config: The run.
+        log: Called as `log(stage, step, loss)`.
+
+    Returns:
+        The folder of the finished checkpoint, which the stock pipeline's `from_pretrained` loads.
+    """
+    run_dir = Path(config.output_dir)
+    source = _source(config.source)
+    pipe = build_tiny_sd3(config.model, source.captions, seed=config.seed)
+    images, captions = source.draw(config.pool_size, seed=config.seed)
+    began = time.perf_counter()
+    prepared = run_dir / "autoencoder"
+    store = CheckpointStore(prepared, keep=1)
+    done = store.latest(on_skip=lambda message: print(f"warning: {message}"))
+    if done is None:
+        loss = train_autoencoder(
+            pipe.vae,
+            images[: config.autoencoder.pool_size],
+            config.autoencoder,
+            seed=config.seed,
+            bf16=config.bf16,
+            log=log,
+        )
+        latents, shift, scale = encode_pool(pipe.vae, images)
+        facts = {"loss": loss, "seconds": time.perf_counter() - began, "shift": shift, "scale": scale}
+        done = store.save(config.autoencoder.steps, lambda path: _save_prepared(path, pipe.vae, latents, facts))
+    pipe.vae.load_state_dict(load_tensors(done / "vae.safetensors"))
+    latents = load_tensors(done / "latents.safetensors")["latents"]
+    made: Any = load_state(done, "facts")
+    pipe.vae.register_to_config(shift_factor=made["shift"], scaling_factor=made["scale"])
+    loss, seconds = train_transformer(
+        pipe, latents, captions, config, store=CheckpointStore(run_dir / "transformer", keep=1), log=log
+    )
+    final = run_dir / "model"
+    save_compact(pipe, final)
+    (final / "README.md").write_text(model_card(config.model_dump(mode="json"), pipe, made, loss=loss, seconds=seconds))
+    return final
+
+
+def train_autoencoder(
+    vae: Any, images: Tensor, config: AutoencoderTraining, *, seed: int, bf16: bool, log: Log
+) -> float:
+    """Train an `AutoencoderKL` to reconstruct images and return the mean loss of the last hundred steps.
+
+    Args:
+        vae: Trained in place.
+        images: `[N, 3, H, W]`, uint8.
+        config: Steps, batch and rates.
+        seed: Seeds the batches and the posterior noise.
+        bf16: Run the forward pass under bfloat16 autocast.
+        log: Called as `log("autoencoder", step, loss)`.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    recent: list[float] = []
+    for step in range(config.steps):
+        _set_lr(optimizer, config.lr * _warmup_cosine(step, warmup=100, total=config.steps, final=0.02))
+        index = torch.randint(len(images), (config.batch_size,), generator=draws)
+        pixels = images[index].float() / 127.5 - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample(generator=draws)).sample
+        error = decoded.float() - pixels
+        loss = error.square().mean() + 0.5 * error.abs().mean() + config.kl_weight * posterior.kl().float().mean()
+        _descend(loss, optimizer, list(vae.parameters()), max_norm=1.0)
+        recent = [*recent[-99:], loss.item()]
+        log("autoencoder", step, loss.item())
+    return sum(recent) / len(recent)
+
+
+@torch.no_grad()
+def encode_pool(vae: Any, images: Tensor) -> tuple[Tensor, float, float]:
+    """Encode uint8 images `[N, 3, H, W]` to latents of mean 0 and std 1; return them with their shift and scale."""
+    latents = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(256)])
+    shift, scale = round(latents.mean().item(), 5), round(1 / latents.std().item(), 5)
+    return (latents - shift) * scale, shift, scale
+
+
+def train_transformer(
+    pipe: Any,
+    latents: Tensor,
+    captions: list[str],
+    config: PretrainConfig,
+    *,
+    store: CheckpointStore,
+    log: Log,
+) -> tuple[float, float]:
+    """Train transformer and CLIP encoders by flow matching; leave their moving average in `pipe`.
+
+    Args:
+        pipe: The pipeline whose transformer and text encoders are trained in place.
+        latents: Scaled latents, `[N, C, h, w]`.
+        captions: One per latent.
+        config: The run.
+        store: Where the run's state is kept, and continued from.
+        log: Called as `log("transformer", step, loss)`.
+
+    Returns:
+        Mean loss of the last hundred steps, and the seconds of training, those before an interruption included.
+    """
+    modules = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
+    parameters = list(modules.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    average = [parameter.detach().clone() for parameter in parameters]
+    progress: dict[str, Any] = {"step": 0, "recent": [], "seconds": 0.0}
+    checkpoint = store.latest(on_skip=lambda message: print(f"warning: {message}"))
+    if checkpoint is not None:
+        progress = _load_training(checkpoint, modules, optimizer, average)
+    began = time.perf_counter() - progress["seconds"]
+    recent: list[float] = progress["recent"]
+    for step in range(progress["step"], config.steps):
+        factor = _warmup_cosine(step, config.warmup_steps, config.steps, config.final_lr_fraction)
+        _set_lr(optimizer, config.lr * factor)
+        loss = _flow_matching_loss(pipe, latents, captions, config, step=step)
+        _descend(loss, optimizer, parameters, max_norm=config.max_grad_norm)
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+        recent = [*recent[-99:], loss.item()]
+        log("transformer", step, loss.item())
+        if (step + 1) % config.save_every == 0:
+            progress = {"step": step + 1, "recent": recent, "seconds": time.perf_counter() - began}
+            write = partial(
+                _save_training, modules=modules, optimizer=optimizer, average=average, progress=progress
+            )
+            store.save(step + 1, write)
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    return sum(recent) / len(recent), time.perf_counter() - began
+
+
+def _flow_matching_loss(
+    pipe: Any, latents: Tensor, captions: list[str], config: PretrainConfig, *, step: int
+) -> Tensor:
+    """Return the loss of one step's batch; all that is random in it follows from the seed and the step."""
+    draws = generator(config.seed, "pretrain", step)
+    is_long = config.long_context_every > 0 and step % config.long_context_every == 0
+    count = config.batch_size // 4 if is_long else config.batch_size
+    index = torch.randint(len(latents), (count,), generator=draws)
+    keep = torch.rand(count, generator=draws) >= config.caption_dropout
+    prompts: list[str] = [captions[i] if k else "" for i, k in zip(index.tolist(), keep.tolist(), strict=True)]
+    x0 = latents[index]
+    eps = torch.randn(x0.shape, generator=draws)
+    t = logit_normal_times(count, generator=draws)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
+        tokens, pooled = text_embeddings(pipe, prompts, t5_tokens=256 if is_long else 1)
+        velocity = pipe.transformer(
+            hidden_states=interpolate(x0, eps, t),
+            timestep=t * 1000,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+        ).sample
+    return F.mse_loss(velocity.float(), eps - x0)
+
+
+def _descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, max_norm: float
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _warmup_cosine(step: int, warmup: int, total: int, final: float) -> float:
+    """Return the learning-rate factor: linear warm-up, then half a cosine down to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _save_prepared(path: Path, vae: Any, latents: Tensor, facts: dict[str, float]) -> None:
+    save_tensors(path / "vae.safetensors", vae.state_dict())
+    save_tensors(path / "latents.safetensors", {"latents": latents})
+    save_state(path, "facts", facts)
+
+
+def _save_training(
+    path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, average: list[Tensor], progress: dict[str, Any]
+) -> None:
+    save_tensors(path / "modules.safetensors", modules.state_dict())
+    save_tensors(path / "average.safetensors", {f"{index:04d}": tensor for index, tensor in enumerate(average)})
+    save_state(path, "optimizer", optimizer.state_dict())
+    save_state(path, "progress", progress)
+
+
+def _load_training(
+    path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, average: list[Tensor]
+) -> dict[str, Any]:
+    modules.load_state_dict(load_tensors(path / "modules.safetensors"))
+    for name, tensor in load_tensors(path / "average.safetensors").items():
+        average[int(name)].copy_(tensor)
+    optimizer_state: Any = load_state(path, "optimizer")
+    optimizer.load_state_dict(optimizer_state)
+    progress: Any = load_state(path, "progress")
+    return progress
+
+
+def _source(path: str) -> CaptionedImages:
+    module, _, name = path.partition(":")
+    return vars(import_module(module))[name]()

@@ -1,0 +1,82 @@
+"""From prompts to samples: noise of each group from its own seed, one sampling loop, decoded images."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tiltflow.flow.sampling import sample
+from tiltflow.policies.base import Policy
+from tiltflow.runtime.randomness import generator
+from tiltflow.types import Conditioning, Config, Prompt, SampleBatch
+
+
+class SamplerConfig(Config):
+    """How images are made, in rollouts or in evaluation."""
+
+    num_steps: int = 20
+    guidance_scale: float = 2.0
+    batch_size: int = 16
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    groups: Sequence[int],
+    group_size: int,
+    sampler: SamplerConfig,
+    seed: tuple[int | str, ...],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SampleBatch:
+    """Generate `group_size` samples per prompt with the weights in use.
+
+    The initial noise of a group depends only on `seed` and the group's id: never on the batch size, the rank, or the
+    groups beside it.
+
+    Args:
+        policy: The generator.
+        prompts: One per group, G.
+        groups: Integer id of each group, G.
+        group_size: Samples per prompt.
+        sampler: Steps, guidance and batch size.
+        seed: (seed, *purpose); the group's id is added.
+        progress: Told (samples done, samples in total) after every batch.
+
+    Returns:
+        G * group_size samples, group after group.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]
+    noise = torch.cat([group_noise(policy.latent_shape, group_size, seed=(*seed, group)) for group in groups])
+    sigmas = policy.sigmas(sampler.num_steps)
+    latents, images, conditionings = list[Tensor](), list[Tensor](), list[Conditioning]()
+    for start in range(0, len(repeated), sampler.batch_size):
+        part = slice(start, start + sampler.batch_size)
+        conditioning = policy.conditioning([prompt.text for prompt in repeated[part]])
+        guided = sampler.guidance_scale != 1.0
+        trajectory = sample(
+            policy.velocity,
+            noise[part].to(policy.device),
+            sigmas=sigmas,
+            conditioning=conditioning,
+            negative=policy.negative(len(conditioning)) if guided else None,
+            guidance_scale=sampler.guidance_scale,
+        )
+        latents.append(trajectory.latents)
+        images.append(policy.decode(trajectory.latents).cpu())
+        conditionings.append(conditioning)
+        progress(min(start + sampler.batch_size, len(repeated)), len(repeated))
+    return SampleBatch(
+        prompts=repeated,
+        groups=torch.tensor(groups, dtype=torch.long).repeat_interleave(group_size),
+        latents=torch.cat(latents),
+        images=torch.cat(images),
+        conditioning=Conditioning.cat(conditionings),
+    )
+
+
+def group_noise(shape: tuple[int, ...], group_size: int, *, seed: tuple[int | str, ...]) -> Tensor:
+    """Return the initial noise of one group, `[group_size, *shape]`, float32 on the CPU."""
+    first, *rest = seed
+    return torch.randn((group_size, *shape), generator=generator(int(first), *rest))

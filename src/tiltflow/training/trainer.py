@@ -1,0 +1,313 @@
+"""The training loop: rollout, reward, advantage, update, follow; one epoch is one optimiser update."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tiltflow.algorithms.base import Algorithm, Velocities
+from tiltflow.data.stream import PromptStream
+from tiltflow.errors import ConfigError, RewardError
+from tiltflow.policies.base import Policy
+from tiltflow.rewards.engine import RewardEngine
+from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
+from tiltflow.runtime.distributed import Distributed, check_divisible
+from tiltflow.runtime.randomness import generator
+from tiltflow.training.advantages import group_advantages
+from tiltflow.training.rollout import SamplerConfig, rollout
+from tiltflow.types import Config, RewardTable, SampleBatch, ScoredBatch
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+class TrainConfig(Config):
+    """How long and on how much to train; epoch sizes are totals over all processes."""
+
+    trainer_type: Literal["ram"] = "ram"
+    epochs: int = 1000
+    num_prompts_per_epoch: int = 48
+    group_size: int = 24
+    batch_size: int = 8  # noised points per forward and backward pass of one process
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    adam_eps: float = 1e-8
+    max_grad_norm: float | None = None
+    ema_decay: float = 0.9
+    advantage_aggregation: Literal["sum", "gdpo"] = "sum"
+    advantage_std: Literal["global", "group"] = "global"
+    max_failure_fraction: float = 0.5
+    save_every: int = 10
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch leaves behind for whoever watches.
+
+    `metrics` are the same on every rank; `samples` and `table` are this rank's.
+    """
+
+    number: int
+    metrics: Mapping[str, float]
+    samples: SampleBatch = field(repr=False)
+    table: RewardTable = field(repr=False)
+
+
+class Trainer:
+    """Post-trains a policy with one algorithm against the rewards of one engine."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        engine: RewardEngine,
+        stream: PromptStream,
+        *,
+        config: TrainConfig,
+        sampler: SamplerConfig,
+        seed: int,
+        distributed: Distributed,
+    ):
+        check_geometry(config, distributed.world_size)
+        self.policy = policy
+        self.algorithm = algorithm
+        self.engine = engine
+        self.stream = stream
+        self.config = config
+        self.sampler = sampler
+        self.seed = seed
+        self.distributed = distributed
+        self.epoch = 0
+        self.optimizer = torch.optim.AdamW(
+            policy.weights.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            eps=config.adam_eps,
+        )
+
+    def run(self, *, status: Callable[[str], None] = lambda stage: None) -> Iterator[Epoch]:
+        """Train from the epoch after `self.epoch` to the last, yielding after each."""
+        while self.epoch < self.config.epochs:
+            yield self.run_epoch(self.epoch + 1, status=status)
+
+    def run_epoch(self, epoch: int, *, status: Callable[[str], None] = lambda stage: None) -> Epoch:
+        """Run one epoch, counted from 1, and return its metrics."""
+        clock = _Clock()
+        status("rollout")
+        with clock.stage("rollout"):
+            samples = self._rollout(epoch, status)
+        status("reward")
+        with clock.stage("reward"):
+            table = self._score(samples)
+        scored, reward_metrics = self._advantages(samples, table)
+        status("update")
+        with clock.stage("update"):
+            update_metrics = self._update(scored, epoch)
+        weights = self.policy.weights
+        weights.follow("old", decay=self.algorithm.old_decay(epoch))
+        weights.follow("ema", decay=self.config.ema_decay)
+        self.epoch = epoch
+        return Epoch(epoch, {**reward_metrics, **update_metrics, **clock.metrics()}, samples, table)
+
+    def save(self, directory: Path) -> None:
+        """Write all that an exact continuation needs, and the evaluation weights in the family's stock format."""
+        save_tensors(directory / WEIGHTS_FILE, self.policy.weights.state())
+        save_state(directory, "optimizer", self.optimizer.state_dict())
+        save_state(directory, "trainer", {"epoch": self.epoch, "seed": self.seed})
+        with torch.no_grad(), self.policy.weights.using("ema"):
+            self.policy.export(directory)
+
+    def load(self, directory: Path) -> None:
+        """Continue from a checkpoint written by `save`.
+
+        Raises:
+            ConfigError: The checkpoint is of another model, LoRA rank or seed.
+        """
+        state = load_state(directory, "trainer")
+        assert isinstance(state, dict)
+        if state["seed"] != self.seed:
+            raise ConfigError(
+                f"{directory} was trained with seed={state['seed']}, the config says seed={self.seed}; keep the seed "
+                "to resume, or choose another output_dir to start afresh"
+            )
+        load_weights(self.policy, directory)
+        optimizer = load_state(directory, "optimizer")
+        assert isinstance(optimizer, dict)
+        self.optimizer.load_state_dict(optimizer)
+        self.epoch = state["epoch"]
+
+    def _rollout(self, epoch: int, status: Callable[[str], None]) -> SampleBatch:
+        groups = self.distributed.share(self.stream.epoch(epoch, self.config.num_prompts_per_epoch))
+        with torch.no_grad(), self.policy.weights.using("old"):
+            return rollout(
+                self.policy,
+                [group.prompt for group in groups],
+                groups=[group.id for group in groups],
+                group_size=self.config.group_size,
+                sampler=self.sampler,
+                seed=(self.seed, "rollout"),
+                progress=lambda done, total: status(f"rollout {done}/{total}"),
+            )
+
+    def _score(self, samples: SampleBatch) -> RewardTable:
+        table, error = None, None
+        try:
+            table = self.engine.score(samples)
+        except Exception as failure:  # told to every rank before it is raised, so that no rank waits for this one
+            error = failure
+        self.distributed.agree(error)
+        assert table is not None
+        self._limit_failures(table)
+        return table
+
+    def _limit_failures(self, table: RewardTable) -> None:
+        failed = table.scores.isnan().double().sum(dim=0)
+        counts = self.distributed.sum(torch.cat([failed, torch.tensor([float(len(table.scores))]).double()]))
+        for name, count in zip(table.names, counts[:-1].tolist(), strict=True):
+            fraction = count / counts[-1].item()
+            if fraction > self.config.max_failure_fraction:
+                reasons = sorted({f"{f.kind}: {f.message}" for f in table.failures if f.reward == name})
+                raise RewardError(
+                    f"reward {name!r} failed on {fraction:.0%} of the epoch's samples, more than "
+                    f"train.max_failure_fraction={self.config.max_failure_fraction:.0%}; causes on this rank: "
+                    f"{'; '.join(reasons[:3]) or 'none'}. The last checkpoint is intact: mend the reward and run again"
+                )
+
+    def _advantages(self, samples: SampleBatch, table: RewardTable) -> tuple[ScoredBatch, dict[str, float]]:
+        valid = ~table.scores.isnan().any(dim=1)
+        advantages = group_advantages(
+            table.scores,
+            samples.groups,
+            weights=self.engine.weights,
+            aggregation=self.config.advantage_aggregation,
+            std=self.config.advantage_std,
+            valid=valid,
+            reduce=self.distributed.sum,
+        )
+        kept = valid.nonzero().flatten()
+        rows = kept.to(samples.latents.device)
+        scored = ScoredBatch(samples.latents[rows], samples.conditioning[rows], advantages[kept], samples.groups[kept])
+        return scored, _reward_metrics(table, self.distributed)
+
+    def _update(self, scored: ScoredBatch, epoch: int) -> dict[str, float]:
+        """Accumulate the loss of every noised point of the epoch, then take one optimiser step."""
+        total = self.distributed.sum(torch.tensor(float(len(scored)))).item()
+        if total == 0:
+            raise RewardError("no sample of the epoch has a valid reward: there is nothing to learn from")
+        policy = Velocities(self.policy.velocity, self.policy.weights.using)
+        sigmas = self.policy.sigmas(self.sampler.num_steps).cpu()
+        sums: dict[str, Tensor] = {}
+        for group in scored.groups.unique().tolist():
+            rows = (scored.groups == group).nonzero().flatten()
+            noised = self.algorithm.noise(
+                scored.latents[rows.to(scored.latents.device)],
+                scored.advantages[rows],
+                scored.conditioning[rows.to(scored.latents.device)],
+                sigmas=sigmas,
+                generator=generator(self.seed, "update", epoch, group),
+            )
+            for start in range(0, len(noised), self.config.batch_size):
+                part = noised[start : start + self.config.batch_size]
+                share = len(part) / len(noised) * len(rows) / total
+                output = self.algorithm.loss(part, policy)
+                (output.loss * share).backward()
+                for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                    sums[name] = sums.get(name, torch.zeros(())) + share * value.double().cpu()
+        return {**self._step(), **self._sum_metrics(sums)}
+
+    def _step(self) -> dict[str, float]:
+        parameters = self.policy.weights.parameters()
+        self.distributed.sum_gradients(parameters)
+        limit = self.config.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+        if not torch.isfinite(norm):
+            raise RewardError(
+                "the gradient is NaN or infinite; nothing was updated. The last checkpoint is intact: lower train.lr "
+                "or the algorithm's multiplier, or compute with policy.precision=fp32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _sum_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        values = self.distributed.sum(torch.stack([value.double() for value in sums.values()]))
+        return dict(zip(sums, values.tolist(), strict=True))
+
+
+def check_geometry(config: TrainConfig, world_size: int) -> None:
+    """Check that the epoch's sizes fit each other and the number of processes.
+
+    Raises:
+        GeometryError: They do not; names the nearest legal values.
+    """
+    if config.group_size < 2:
+        raise ConfigError(
+            f"train.group_size={config.group_size}: an advantage compares samples of one prompt; use at least 2"
+        )
+    if config.batch_size < 1:
+        raise ConfigError(f"train.batch_size={config.batch_size}: use at least 1")
+    check_divisible(
+        "train.num_prompts_per_epoch",
+        config.num_prompts_per_epoch,
+        world_size,
+        why=f"{world_size} process(es) take equal shares of whole groups",
+    )
+
+
+def load_weights(policy: Policy, directory: Path) -> None:
+    """Load theta, `old` and `ema` of a checkpoint into a policy.
+
+    Raises:
+        ConfigError: The checkpoint is of another model or LoRA rank.
+    """
+    state = load_tensors(directory / WEIGHTS_FILE)
+    try:
+        policy.weights.load_state(state)
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"{directory} does not fit this config's policy: {error}; keep policy.model_name, policy.finetune and "
+            "policy.lora as they were, or choose another output_dir"
+        ) from error
+
+
+def _reward_metrics(table: RewardTable, distributed: Distributed) -> dict[str, float]:
+    """Return mean, standard deviation and failures of each reward over all ranks."""
+    scores = table.scores.double()
+    valid = ~scores.isnan()
+    filled = torch.where(valid, scores, torch.zeros_like(scores))
+    moments = torch.stack([valid.double().sum(0), filled.sum(0), filled.square().sum(0), (~valid).double().sum(0)])
+    count, total, square, failed = distributed.sum(moments)
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(table.names):
+        metrics[f"reward/{name}/mean"] = mean[index].item()
+        metrics[f"reward/{name}/std"] = std[index].item()
+        metrics[f"failures/{name}"] = failed[index].item()
+    return metrics
+
+
+class _Clock:
+    """Seconds per stage of an epoch."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[name] = time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        seconds = {f"seconds/{name}": value for name, value in self._seconds.items()}
+        return {**seconds, "seconds/epoch": time.perf_counter() - self._start}

@@ -1,0 +1,33 @@
+"""Settings of every test run: no network, few threads, the same numbers each time."""
+
+import os
+
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DIFFUSERS_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# Only now: the hub reads the environment when it is imported.
+import pytest
+import torch
+
+torch.set_num_threads(2)
+if (
+    not torch.cuda.is_available()
+):  # on a GPU some backward passes, such as that of resizing, have no deterministic kernel
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Start every test from one global seed, so that the order of the tests does not matter."""
+    torch.manual_seed(0)

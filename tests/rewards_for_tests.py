@@ -1,0 +1,69 @@
+"""Rewards that tests name by their Python path."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.rewards import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput
+
+
+class Brightness(PointwiseRewardModel):
+    """Mean of the red channel: differs from image to image, needs no model."""
+
+    use_tensor_inputs = True
+
+    @torch.no_grad()
+    def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
+        return RewardModelOutput(torch.stack([item[0].mean() for item in image]) * 10)
+
+
+class NaNForFirst(Brightness):
+    """Cannot score the first sample of each batch."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        values = torch.stack([item[0].mean() for item in image])
+        values[0] = math.nan
+        return RewardModelOutput(values)
+
+
+class AllNaN(Brightness):
+    def __call__(self, prompt, image=None, **media: Any):
+        return RewardModelOutput(torch.full((len(prompt),), math.nan))
+
+
+class OneShort(Brightness):
+    """Returns a reward too few."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        return RewardModelOutput(torch.zeros(len(prompt) - 1))
+
+
+class Broken(Brightness):
+    def __call__(self, prompt, image=None, **media: Any):
+        raise ValueError("the judge is out")
+
+
+class Rank(GroupwiseRewardModel):
+    """Rank of the brightness within the group."""
+
+    use_tensor_inputs = True
+
+    def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
+        values = torch.stack([item.mean() for item in image])
+        return RewardModelOutput(
+            values.argsort().argsort().float() / len(prompt), {"size": [len(prompt)] * len(prompt)}
+        )
+
+
+class SlowBrightness(Brightness):
+    """Brightness that marks every epoch in a file and takes its time, so that a test can kill the run midway."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        with Path(os.environ["TILTFLOW_TEST_MARKS"]).open("a") as marks:
+            marks.write("scored\n")
+        time.sleep(0.1)
+        return super().__call__(prompt, image=image)
