@@ -9,6 +9,9 @@ os.environ.update(
         "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DIFFUSERS_OFFLINE": "1",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "WANDB_MODE": "offline",
         "TOKENIZERS_PARALLELISM": "false",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -17,6 +20,8 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 # Only now: the hub reads the environment when it is imported.
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,3 +36,11 @@ if (
 def fixed_seed() -> None:
     """Start every test from one global seed, so that the order of the tests does not matter."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def random_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny random Stable Diffusion 3 of the real classes, made once per run."""
+    from tests.tiny import save_random_sd3
+
+    return save_random_sd3(tmp_path_factory.mktemp("random_sd3"))

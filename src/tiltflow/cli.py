@@ -1,6 +1,7 @@
 """The command line: argument parsing only."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,14 @@ from pathlib import Path
 from tiltflow.errors import ConfigError, TiltflowError
 
 Overrides = list[tuple[str, str]]
+# Set before the libraries are imported: their advice on loading is for people who call them directly.
+QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after an error of the user's."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:
@@ -118,9 +123,11 @@ def _overrides(rest: Sequence[str]) -> Overrides:
     pairs: Overrides = []
     waiting: str | None = None
     for word in rest:
-        if waiting is not None:
+        if waiting is not None and not word.startswith("--"):
             pairs.append((waiting, word))
             waiting = None
+        elif waiting is not None:
+            raise ConfigError(f"--{waiting} needs a value; {word!r} is the next key")
         elif not word.startswith("--"):
             raise ConfigError(f"{word!r}: write overrides as --key value")
         elif "=" in word:

@@ -2,26 +2,36 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tiltflow.algorithms import ALGORITHMS
-from tiltflow.config import RunConfig, dump, load_run_config, normalise_rewards, read_yaml, run_config, validate
+from tiltflow.algorithms import ALGORITHMS, Snapshot
+from tiltflow.config import (
+    RunConfig,
+    dump,
+    load_run_config,
+    normalise_rewards,
+    parse_value,
+    read_yaml,
+    run_config,
+    validate,
+)
 from tiltflow.data import PromptStream, load_prompts
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.evaluation import EvaluationConfig, EvaluationResult, evaluate
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
 from tiltflow.report import save_grid, write_report
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_metadata
 from tiltflow.runtime.checkpoint import CheckpointStore, verify_checkpoint, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup, build_trackers
 from tiltflow.training.pretrain import PretrainConfig, pretrain
 from tiltflow.training.rollout import SamplerConfig, rollout
-from tiltflow.training.trainer import Epoch, Trainer, load_weights
+from tiltflow.training.trainer import Epoch, Trainer, check_geometry, load_weights
 from tiltflow.types import Prompt
 
 # Names of models that come with the package.
@@ -39,16 +49,23 @@ def train(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
     distributed = Distributed()
     run_dir = Path(str(config.output_dir))
     try:
+        eval_prompts = _evaluation_prompts(config)
         trainer = build_trainer(config, distributed)
-        _train(trainer, config, run_dir, distributed)
+        _train(trainer, config, run_dir, eval_prompts, distributed)
     finally:
         distributed.close()
     return run_dir
 
 
 def build_trainer(config: RunConfig, distributed: Distributed) -> Trainer:
-    """Build everything that a run needs; touches no output."""
+    """Build everything that a run needs, the policy last, so that mistakes show before it is loaded.
+
+    Touches no output.
+    """
+    check_geometry(config.train, distributed.world_size)
     prompts = load_prompts(config.data.prompts, split="train", blocklist=config.data.blocklist)
+    stream = PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares)
+    check_metadata(config.rewards, prompts, source=config.data.prompts)
     algorithm, _ = ALGORITHMS[config.train.trainer_type]
     engine = RewardEngine(
         config.rewards, factory=lambda arguments: build_reward_model(arguments, distributed.accelerator)
@@ -57,7 +74,7 @@ def build_trainer(config: RunConfig, distributed: Distributed) -> Trainer:
         build_policy(config.policy, device=distributed.device, seed=config.seed),
         algorithm(config.algorithm),
         engine,
-        PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares),
+        stream,
         config=config.train,
         sampler=config.sampler,
         seed=config.seed,
@@ -73,17 +90,25 @@ def build_policy(config: SD3Config, *, device: torch.device, seed: int) -> SD3Po
     return SD3Policy(config, device=device, seed=seed)
 
 
-def _train(trainer: Trainer, config: RunConfig, run_dir: Path, distributed: Distributed) -> None:
+def _evaluation_prompts(config: RunConfig) -> list[Prompt]:
+    prompts = load_prompts(config.data.eval_prompts, split="test", blocklist=config.data.blocklist)
+    check_metadata(config.eval_rewards or config.rewards, prompts, source=config.data.eval_prompts)
+    return prompts
+
+
+def _train(
+    trainer: Trainer, config: RunConfig, run_dir: Path, eval_prompts: Sequence[Prompt], distributed: Distributed
+) -> None:
     store = CheckpointStore(run_dir, keep=config.checkpoint.keep)
-    checkpoint = store.latest(on_skip=_warn) if run_dir.exists() else None
+    checkpoint = store.latest(on_skip=_warn if distributed.is_main else _ignore) if run_dir.exists() else None
     if checkpoint is not None:
         trainer.load(checkpoint)
         if distributed.is_main:
             print(f"resuming {run_dir} after epoch {trainer.epoch}", file=sys.stderr)
-    eval_prompts = load_prompts(config.data.eval_prompts, split="test", blocklist=config.data.blocklist)
     evaluator = Evaluator(config, trainer, eval_prompts, run_dir / "evaluations", distributed)
     trackers = TrackerGroup([])
     if distributed.is_main:
+        make_folder(run_dir)
         write_atomically(run_dir / CONFIG_FILE, dump(config))
         trackers = build_trackers(
             config.tracking,
@@ -96,10 +121,10 @@ def _train(trainer: Trainer, config: RunConfig, run_dir: Path, distributed: Dist
         _encode_all(trainer, eval_prompts)
     enabled = distributed.is_main and config.tracking.console
     with trackers, ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
-        evaluator.once("before", "ref")
+        evaluator.once("before", "ref", epoch=0, status=bar.status)
         for epoch in trainer.run(status=bar.status):
             _after_epoch(epoch, trainer, config, store, trackers, bar, distributed)
-        evaluator.once("after", "ema")
+        evaluator.once("after", "ema", epoch=trainer.epoch, status=bar.status)
     if distributed.is_main:
         print(f"report: {write_report(run_dir)}")
 
@@ -117,10 +142,10 @@ def _after_epoch(
     metrics = epoch.metrics
     trackers.log(metrics, step=epoch.number)
     last = epoch.number == config.train.epochs
-    if distributed.is_main and (last or epoch.number % config.train.save_every == 0):
-        store.save(epoch.number, trainer.save)
-        write_report(store.directory)
-    distributed.barrier()
+    with distributed.together():
+        if distributed.is_main and (last or epoch.number % config.train.save_every == 0):
+            store.save(epoch.number, trainer.save)
+            write_report(store.directory)
     generated = config.train.num_prompts_per_epoch * config.train.group_size
     bar.advance(reward=metrics[f"reward/{trainer.engine.names[0]}/mean"], rate=generated / metrics["seconds/epoch"])
 
@@ -144,22 +169,26 @@ class Evaluator:
             else trainer.engine
         )
 
-    def once(self, name: str, snapshot: Any) -> None:
-        """Evaluate a snapshot on the main process unless its result is already there."""
+    def once(self, name: str, snapshot: Snapshot, *, epoch: int, status: Callable[[str], None]) -> None:
+        """Evaluate a snapshot on the main process unless its result for this epoch is already there."""
+        with self._distributed.together():
+            if self._distributed.is_main and not self._is_done(name, epoch):
+                policy = self._trainer.policy
+                with torch.no_grad(), policy.weights.using(snapshot):
+                    result = evaluate(
+                        policy,
+                        self._engine,
+                        self._prompts,
+                        config=self._config,
+                        name=name,
+                        image_dir=self._directory,
+                        progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
+                    )
+                replace(result, settings={**result.settings, "epoch": epoch}).save(self._directory)
+
+    def _is_done(self, name: str, epoch: int) -> bool:
         path = self._directory / f"{name}.json"
-        if self._distributed.is_main and not path.exists():
-            policy = self._trainer.policy
-            with torch.no_grad(), policy.weights.using(snapshot):
-                result = evaluate(
-                    policy,
-                    self._engine,
-                    self._prompts,
-                    config=self._config,
-                    name=name,
-                    image_dir=self._directory,
-                )
-            result.save(self._directory)
-        self._distributed.barrier()
+        return path.exists() and EvaluationResult.load(path).settings.get("epoch") == epoch
 
 
 def run_evaluation(
@@ -176,11 +205,13 @@ def run_evaluation(
     device = Distributed().device
     values = found.evaluation.model_dump() if found else {}
     config = validate(EvaluationConfig, {**values, **_flat(overrides)}, source="evaluate")
-    engine = RewardEngine(_evaluation_rewards(rewards, found), factory=build_reward_model)
     source = prompts or (found.data.eval_prompts if found else None)
     if source is None:
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
     lines = load_prompts(source, split="test")
+    arguments = _evaluation_rewards(rewards, found)
+    check_metadata(arguments, lines, source=source)
+    engine = RewardEngine(arguments)
     policy = build_policy(policy_config, device=device, seed=found.seed if found else 0)
     name = "pretrained"
     if checkpoint is not None:
@@ -219,7 +250,7 @@ def run_sampling(
             sampler=sampler,
             seed=(seed, "sample"),
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     files = [output_dir / "grid.png"]
     save_grid(samples.images, files[0], columns=count)
     for index, image in enumerate(samples.images):
@@ -243,6 +274,8 @@ def _policy_of(checkpoint: Path | None, model_name: str | None) -> tuple[SD3Conf
     """Return the policy's config, from beside the checkpoint or for a bare model name."""
     if checkpoint is None and model_name is None:
         raise ConfigError("give --checkpoint outputs/<run>/latest or --model_name")
+    if checkpoint is not None and model_name is not None:
+        raise ConfigError("give --checkpoint or --model_name, not both: a checkpoint knows its model")
     if checkpoint is None:
         small = {"height": 64, "width": 64, "max_sequence_length": 1} if model_name in EMBEDDED_MODELS else {}
         return SD3Config.model_validate({"model_name": model_name, **small}), None
@@ -256,14 +289,12 @@ def _policy_of(checkpoint: Path | None, model_name: str | None) -> tuple[SD3Conf
 
 def _evaluation_rewards(text: str | None, found: RunConfig | None) -> Sequence[RewardArguments]:
     if text is not None:
-        import yaml
-
-        entries = normalise_rewards(yaml.safe_load(text))
+        entries = normalise_rewards(parse_value("rewards", text), key="--rewards")
         known = {reward.reward_model: reward for reward in (found.rewards if found else ())}
         return [
             known[entry["reward_model"]]
             if set(entry) == {"name", "reward_model"} and entry["reward_model"] in known
-            else RewardArguments.model_validate(entry)
+            else validate(RewardArguments, entry, source="--rewards")
             for entry in entries
         ]
     if found is None:
@@ -279,10 +310,24 @@ def _encode_all(trainer: Trainer, eval_prompts: Sequence[Prompt]) -> None:
     policy.unload_text_encoders()
 
 
-def _flat(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    from tiltflow.config import parse_value
+def make_folder(path: Path) -> None:
+    """Make an output folder.
 
+    Raises:
+        ConfigError: The system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(path)!r} cannot be made: {error}; choose another") from error
+
+
+def _flat(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return {key.rpartition(".")[2]: parse_value(key, value) for key, value in overrides}
+
+
+def _ignore(message: str) -> None:
+    """Say nothing: the main process has said it."""
 
 
 def _warn(message: str) -> None:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -28,7 +28,7 @@ class DataConfig(Config):
 
     prompts: str
     eval_prompts: str
-    tag_shares: dict[str, float] | None = None
+    tag_shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
     blocklist: tuple[str, ...] = ()
 
 
@@ -42,7 +42,7 @@ class RunConfig(Config):
     """Everything that decides a post-training run."""
 
     seed: int = 0
-    output_dir: str | None = None
+    output_dir: str | None = Field(default=None, min_length=1)
     policy: SD3Config
     data: DataConfig
     algorithm: RAMConfig = RAMConfig()
@@ -69,9 +69,7 @@ def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> R
         ConfigError: Something is missing, unknown, ambiguous or wrong; names the field, the value and the remedy.
     """
     path = find_config(source)
-    values = read_yaml(path)
-    for key, text in overrides:
-        set_key(values, resolve_key(key, RunConfig), parse_value(key, text))
+    values = override(read_yaml(path), overrides, RunConfig)
     if values.get("output_dir") is None:
         values["output_dir"] = f"outputs/{path.stem}"
     return run_config(values, source=str(path))
@@ -84,10 +82,7 @@ def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ())
         ConfigError: As `load_run_config`.
     """
     path = find_config(source)
-    values = read_yaml(path)
-    for key, text in overrides:
-        set_key(values, resolve_key(key, PretrainConfig), parse_value(key, text))
-    return validate(PretrainConfig, values, source=str(path))
+    return validate(PretrainConfig, override(read_yaml(path), overrides, PretrainConfig), source=str(path))
 
 
 def run_config(values: Mapping[str, Any], *, source: str) -> RunConfig:
@@ -130,12 +125,18 @@ def normalise_rewards(value: Any, *, key: str = "rewards") -> list[dict[str, Any
 def _normalise_reward(entry: Any, *, key: str) -> dict[str, Any]:
     if isinstance(entry, str):
         return {"name": entry.rpartition(".")[2], "reward_model": entry}
-    if not isinstance(entry, Mapping) or "reward_model" not in entry:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("reward_model"), str):
         raise ConfigError(f"{key}: an entry needs `reward_model` (a built-in name or a Python path); got {entry!r}")
     known = {name: value for name, value in entry.items() if name in RewardArguments.model_fields}
-    own = {name: value for name, value in entry.items() if name not in RewardArguments.model_fields}
-    known.setdefault("name", str(entry["reward_model"]).rpartition(".")[2])
-    known["options"] = {**known.get("options", {}), **own}
+    own = {str(name): value for name, value in entry.items() if name not in RewardArguments.model_fields}
+    known.setdefault("name", entry["reward_model"].rpartition(".")[2])
+    options = known.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{key}: options={options!r} of {known['name']!r} must be a mapping of the reward's own keys")
+    twice = sorted(set(own) & set(options))
+    if twice:
+        raise ConfigError(f"{key}: {known['name']!r} gives {twice[0]!r} both directly and under options; keep one")
+    known["options"] = {**options, **own}
     return known
 
 
@@ -149,18 +150,21 @@ def find_config(source: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(f"config {source!r}: no such file")
+        raise ConfigError(f"config {source!r}: no such file{_packaged_hint(path.stem)}")
     if packaged.is_file():
         return packaged
-    names = packaged_configs()
-    near = difflib.get_close_matches(source, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"config {source!r}: no such file or packaged config{hint} Packaged: {', '.join(names)}")
+    raise ConfigError(f"config {source!r}: no such file or packaged config{_packaged_hint(source)}")
 
 
 def packaged_configs() -> list[str]:
     """Return the names of the configs that come with the package."""
     return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+
+
+def _packaged_hint(name: str) -> str:
+    names = packaged_configs()
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return (f"; did you mean {near[0]!r}?" if near else "") + f"; packaged: {', '.join(names)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -174,24 +178,54 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not valid YAML: {error}") from error
+        raise ConfigError(f"config {path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must hold a mapping of keys; it holds {type(values).__name__}")
     return values
 
 
-def parse_value(key: str, text: str) -> Any:
-    """Read an override's value as YAML; `1e-4`, which YAML takes for a string, is a number."""
+def override(
+    values: Mapping[str, Any], overrides: Sequence[tuple[str, str]], schema: type[BaseModel]
+) -> dict[str, Any]:
+    """Return a config's values with overrides set; neither argument is changed.
+
+    Raises:
+        ConfigError: A key is unknown or ambiguous, a value is not YAML, or a section of the file is not a mapping.
+    """
+    result = dict(values)
+    for key, text in overrides:
+        full = resolve_key(key, schema)
+        set_key(result, full, parse_value(key, text, as_text=_is_text(schema, full)))
+    return result
+
+
+def parse_value(key: str, text: str, *, as_text: bool = False) -> Any:
+    """Read an override's value as YAML; `1e-4`, which YAML takes for a string, is a number.
+
+    Args:
+        key: Named in the message of an error.
+        text: What was typed.
+        as_text: The key holds text: a project called `2024` or `1e5` stays one, only `null` is none.
+    """
+    if as_text and text not in ("null", "~", ""):
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--{key} {text!r} is not a valid YAML value: {error}") from error
+        raise ConfigError(f"--{key} {text!r} is not a valid YAML value: {_one_line(error)}") from error
     if isinstance(value, str):
         try:
-            return float(value) if value.lower() not in ("nan", "inf", "infinity") else value
+            return float(value)
         except ValueError:
             return value
     return value
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    """Return what is wrong and the line, counted from 1, without YAML's excerpt of the file."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def resolve_key(key: str, schema: type[BaseModel]) -> str:
@@ -225,10 +259,18 @@ def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in a nested mapping."""
+    """Set a dotted key in a nested mapping, copying the sections on the way.
+
+    Raises:
+        ConfigError: A section on the way is something else than a mapping.
+    """
     *sections, last = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        inner = values.get(section)
+        if not isinstance(inner, Mapping | None):
+            raise ConfigError(f"--{key}: {section} must be a mapping of keys in the config; it is {inner!r}")
+        values[section] = dict(inner or {})
+        values = values[section]
     values[last] = value
 
 
@@ -237,15 +279,32 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _is_text(schema: type[BaseModel], key: str) -> bool:
+    """Tell whether a key of the schema holds text, or text or nothing."""
+    section, _, rest = key.partition(".")
+    annotation = schema.model_fields[section].annotation
+    if rest:
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        return _is_text(annotation, rest)
+    return annotation is str or set(get_args(annotation)) == {str, type(None)}
+
+
 def _describe(problem: Any, schema: type[BaseModel], source: str) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        keys = list(dotted_keys(schema))
-        name = path.rpartition(".")[2]
-        siblings = {full.rpartition(".")[2]: full for full in reversed(keys)}
-        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
-        hint = f"; did you mean {siblings[near[0]]!r}?" if near else ""
-        return f"{source}: unknown key {path!r}{hint}"
+        return f"{source}: unknown key {path!r}{_nearest(path, schema)}"
     if problem["type"] == "missing":
         return f"{source}: key {path!r} is missing; it has no default"
-    return f"{source}: {path}={problem.get('input')!r}: {problem['msg']}"
+    return f"{source}: {path}={problem.get('input')!r:.100}: {problem['msg']}"
+
+
+def _nearest(path: str, schema: type[BaseModel]) -> str:
+    """Return a hint at the key that an unknown one is nearest to: one of its own section before any other."""
+    section, _, name = path.rpartition(".")
+    last_parts = {full: full.rpartition(".")[2] for full in dotted_keys(schema)}
+    own = [full for full in last_parts if full.rpartition(".")[0] == section]
+    for keys in (own, list(last_parts)):
+        near = difflib.get_close_matches(name, [last_parts[full] for full in keys], n=1, cutoff=0.6)
+        if near:
+            return f"; did you mean {next(full for full in keys if last_parts[full] == near[0])!r}?"
+    return f"; keys of {section or 'the config'}: {', '.join(last_parts[full] for full in own)}"

@@ -15,6 +15,7 @@ All three velocities are plain conditional passes: guidance belongs to sampling 
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tiltflow.algorithms.base import Algorithm, NoisedBatch, Velocities
@@ -47,12 +48,12 @@ def ram_loss(v_theta: Tensor, target: Tensor) -> Tensor:
 class RAMConfig(Config):
     """Options of RAM; the defaults are the authors' for GenEval and OCR."""
 
-    reward_multiplier: float = 100.0
-    num_noisings: int = 8
+    reward_multiplier: float = Field(default=100.0, gt=0)
+    num_noisings: int = Field(default=8, ge=1)
     time_sampling: Literal["grid", "continuous"] = "grid"
-    time_power: float = 1.0
-    old_decay_rate: float = 0.01
-    old_decay_max: float = 0.9
+    time_power: float = Field(default=1.0, ge=0)
+    old_decay_rate: float = Field(default=0.01, ge=0)
+    old_decay_max: float = Field(default=0.9, ge=0, le=1)
 
 
 class RAM(Algorithm):

@@ -21,6 +21,7 @@ OBJECTS: Final = tuple(
         ","
     )
 )
+DRAWS_PER_LINE: Final = 1_000  # tries to find a line that is neither excluded nor already there
 # Shares of the training set used by published GenEval post-training runs (7:5:3:1:1:0).
 TRAINING_SHARES: Final[Mapping[Tag, float]] = {
     "position": 7,
@@ -104,23 +105,26 @@ def generate_prompts(
         seed: Same seed, same lines.
         exclude: Lines whose content must not occur, in either order: the evaluation prompts.
         shares: Relative frequency of each tag.
+
+    Raises:
+        ValueError: A tag has fewer different lines than its share asks for.
     """
     rng = random.Random(seed)
     excluded = {content(line) for line in exclude}
     seen: set[str] = set()
-    tags, weights = list(shares), list(shares.values())
-    lines: list[Metadata] = []
-    for _ in range(100 * count):
-        if len(lines) == count:
-            return lines
-        line = _random_line(rng.choices(tags, weights)[0], rng)
+    return [_new_line(tag, rng, excluded, seen) for tag in rng.choices(list(shares), list(shares.values()), k=count)]
+
+
+def _new_line(tag: Tag, rng: random.Random, excluded: set[str], seen: set[str]) -> Metadata:
+    """Draw lines of one tag until one may be used; the tag stays, so that its share does not suffer from rejections."""
+    for _ in range(DRAWS_PER_LINE):
+        line = _random_line(tag, rng)
         # Only some hundred lines exist for these two tags, so they may repeat.
-        repeats = line["tag"] in ("counting", "colors")
-        if content(line) in excluded or (content(line) in seen and not repeats):
-            continue
-        seen.add(content(line))
-        lines.append(line)
-    raise ValueError(f"{count} different prompts do not exist for shares {dict(shares)}; ask for fewer")
+        repeats = tag in ("counting", "colors")
+        if content(line) not in excluded and (repeats or line["prompt"] not in seen):
+            seen.add(line["prompt"])
+            return line
+    raise ValueError(f"there are not so many different prompts of the tag {tag!r}; ask for fewer, or lower its share")
 
 
 def _random_line(tag: Tag, rng: random.Random) -> Metadata:

@@ -53,7 +53,8 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"prompt file {path}: ends in {path.suffix!r}; write .txt (a prompt a line) or .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): characters such as U+2028 may stand inside a JSON string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt file {path} cannot be read: {error}") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -79,7 +80,7 @@ def _named(name: str, split: Split) -> list[Prompt]:
         return _from_lines(import_module(SHAPES_SOURCE).split_prompts(split))
     local = [Path("prompts") / name / f"{split}{ending}" for ending in (".jsonl", ".txt")]
     packaged = [PACKAGED / f"{name}_{split}{ending}" for ending in (".jsonl", ".txt")]
-    for path in [*local, *packaged]:
+    for path in [*packaged, *local]:
         if path.exists():
             return read_prompt_file(path)
     if (name, split) == ("geneval", "train"):

@@ -49,13 +49,17 @@ class PromptStream:
     def epoch(self, epoch: int, count: int) -> list[PromptGroup]:
         """Return the `count` groups of `epoch` (counted from 1), over all ranks."""
         first = (epoch - 1) * count
-        prompts = self._by_share(epoch, count) if self._shares else [self._at(first + i) for i in range(count)]
+        prompts = self._by_share(epoch, count) if self._shares else self._in_turn(first, count)
         return [PromptGroup(first + index, prompt) for index, prompt in enumerate(prompts)]
 
-    def _at(self, position: int) -> Prompt:
-        round_, index = divmod(position, len(self.prompts))
-        order = random.Random(f"{self._seed}/{round_}").sample(range(len(self.prompts)), len(self.prompts))
-        return self.prompts[order[index]]
+    def _in_turn(self, first: int, count: int) -> list[Prompt]:
+        """Return the prompts at `count` positions of an endless row of shuffled rounds over the whole set."""
+        size = len(self.prompts)
+        rounds = range(first // size, (first + count - 1) // size + 1)
+        orders = [random.Random(f"{self._seed}/{number}").sample(range(size), size) for number in rounds]
+        row = [index for order in orders for index in order]
+        start = first % size
+        return [self.prompts[index] for index in row[start : start + count]]
 
     def _by_share(self, epoch: int, count: int) -> list[Prompt]:
         rng = random.Random(f"{self._seed}/{epoch}")

@@ -1,13 +1,14 @@
 """The one integration loop of the package: every policy, every sampler, with or without gradients."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from tiltflow.flow.steps import StepResult, cps_step, dance_sde_step, euler_step, sde_step
+from tiltflow.flow.steps import cps_step, dance_sde_step, euler_step, sde_step
 from tiltflow.types import Conditioning
 
 Dynamics = Literal["ode", "sde", "cps", "dance"]
@@ -100,15 +101,8 @@ def sample(
             if dynamics == "ode":
                 latents = euler_step(latents, velocity, sigma, sigma_next)
             else:
-                result: StepResult = _STOCHASTIC_STEPS[dynamics](
-                    latents,
-                    velocity,
-                    sigma,
-                    sigma_next,
-                    noise_level=noise_level,
-                    sigma_max=sigmas[1],
-                    generator=generator,
-                )
+                step = partial(_STOCHASTIC_STEPS[dynamics], noise_level=noise_level, sigma_max=sigmas[1])
+                result = step(latents, velocity, sigma, sigma_next, generator=generator)
                 latents = result.prev_sample
                 log_probs.append(result.log_prob)
             if keep_trajectory:

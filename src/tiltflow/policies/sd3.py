@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
@@ -199,8 +200,9 @@ def load_pipeline(model_name: str) -> StableDiffusion3Pipeline:
     Raises:
         ConfigError: There is no such folder and the hub does not know or give it.
     """
+    disable_progress_bar()
     try:
-        return StableDiffusion3Pipeline.from_pretrained(model_name, torch_dtype=torch.float32)
+        return StableDiffusion3Pipeline.from_pretrained(model_name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"policy.model_name={model_name!r} could not be loaded as a Stable Diffusion 3 pipeline: {error}\n"

@@ -221,4 +221,4 @@ def _legend(names: Sequence[str], *, left: float = LEFT) -> str:
 
 
 def _tick_text(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if 0 < abs(value) < 1e-3 else f"{value:g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e") if 0 < abs(value) < 1e-4 else f"{value:g}"

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 
 FIELDS = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
+PROVIDED_FIELDS = ("prompt", "image", "metadata")  # those that the samples of this version have
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class RewardArguments(Config):
     """One entry of `rewards:`; `options` holds the keys that only this reward knows."""
 
-    name: str
+    name: str = Field(min_length=1)
     reward_model: str
     weight: float = 1.0
     batch_size: int = Field(default=16, ge=1)

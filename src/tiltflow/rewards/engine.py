@@ -82,7 +82,7 @@ class _Media:
             "image": lambda: self._images(rows, tensors=model.use_tensor_inputs),
             "metadata": lambda: [dict(self._samples.prompts[row].metadata) for row in rows],
         }
-        return {name: available[name]() for name in model.required_fields if name in available}
+        return {name: available[name]() for name in model.required_fields}
 
     def _images(self, rows: Sequence[int], *, tensors: bool) -> list[Any]:
         if tensors:
@@ -96,6 +96,10 @@ class _Media:
 Outcome = tuple[Tensor, list[RewardFailure], Mapping[str, Sequence[Any]]]
 
 
+class _WrongLength(RewardError):
+    """A reward returned too few or too many values."""
+
+
 def _run(model: RewardModel, media: _Media, samples: SampleBatch) -> Outcome:
     """Call one reward batch by batch (or group by group); what fails becomes NaN and a record."""
     scores = torch.full((len(samples),), float("nan"))
@@ -103,16 +107,17 @@ def _run(model: RewardModel, media: _Media, samples: SampleBatch) -> Outcome:
     extra: dict[str, list[Any]] = {}
     for rows in _batches(model, samples):
         try:
-            output = model(**media.fields(model, rows))
-            values = _values(output, len(rows))
+            values, info = _read(model(**media.fields(model, rows)), len(rows))
         except Exception as error:  # any user code may fail in any way: the failure is recorded with its samples
-            failures.append(RewardFailure(model.config.name, tuple(rows), type(error).__name__, str(error)))
+            kind = "length" if isinstance(error, _WrongLength) else type(error).__name__
+            failures.append(RewardFailure(model.config.name, tuple(rows), kind, str(error)))
             continue
-        bad = [row for row, value in zip(rows, values, strict=True) if not math.isfinite(value)]
+        finite = values.isfinite()
+        bad = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
         if bad:
             failures.append(RewardFailure(model.config.name, tuple(bad), "not finite", "the reward is NaN or infinite"))
-        scores[rows] = torch.tensor([value if math.isfinite(value) else math.nan for value in values])
-        for key, column in output.extra_info.items():
+        scores[rows] = values.masked_fill(~finite, math.nan)
+        for key, column in info.items():
             cells = extra.setdefault(key, [None] * len(samples))
             for row, cell in zip(rows, column, strict=True):
                 cells[row] = cell
@@ -128,17 +133,21 @@ def _batches(model: RewardModel, samples: SampleBatch) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _values(output: RewardModelOutput, expected: int) -> list[float]:
+def _read(output: RewardModelOutput, expected: int) -> tuple[Tensor, Mapping[str, Sequence[Any]]]:
+    """Return rewards, float32 `[expected]`, and extra info after checking their form."""
+    if not isinstance(output, RewardModelOutput):
+        raise TypeError(f"returned {type(output).__name__}; return RewardModelOutput(rewards=...)")
     rewards = output.rewards
-    values = (
-        rewards.detach().double().flatten().tolist() if isinstance(rewards, Tensor) else [float(r) for r in rewards]
-    )
+    if not isinstance(rewards, Tensor):
+        rewards = torch.tensor([float(reward) for reward in rewards], dtype=torch.float64)
+    values = rewards.detach().to("cpu", torch.float32).flatten()
     if len(values) != expected:
-        raise RewardError(f"returned {len(values)} rewards for {expected} samples")
-    for key, column in output.extra_info.items():
+        raise _WrongLength(f"returned {len(values)} rewards for {expected} samples")
+    info = output.extra_info or {}  # None, as some reward code has it, means nothing
+    for key, column in info.items():
         if len(column) != expected:
-            raise RewardError(f"extra_info[{key!r}] has {len(column)} values for {expected} samples")
-    return values
+            raise _WrongLength(f"extra_info[{key!r}] has {len(column)} values for {expected} samples")
+    return values, info
 
 
 def _explain(failure: RewardFailure, samples: SampleBatch, *, total: int) -> str:

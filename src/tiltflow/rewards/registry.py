@@ -2,14 +2,22 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from pydantic import ValidationError
 
-from tiltflow.errors import RewardError
-from tiltflow.rewards.base import FIELDS, GroupwiseRewardModel, PointwiseRewardModel, RewardArguments, RewardModel
+from tiltflow.errors import RewardError, TiltflowError
+from tiltflow.rewards.base import (
+    FIELDS,
+    PROVIDED_FIELDS,
+    GroupwiseRewardModel,
+    PointwiseRewardModel,
+    RewardArguments,
+    RewardModel,
+)
+from tiltflow.types import Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class" in their config instead.
 REWARDS: Mapping[str, str] = {
@@ -42,9 +50,17 @@ def reward_class(name: str) -> type[RewardModel]:
             "or give a full Python path (package.module.Class)"
         )
     try:
-        found = vars(import_module(module)).get(attribute)
-    except ImportError as error:
-        raise RewardError(f"reward_model={name!r}: {module} cannot be imported: {error}") from error
+        contents = vars(import_module(module))
+    except Exception as error:  # the user's module may fail in any way while it is imported
+        raise RewardError(
+            f"reward_model={name!r}: {module or '(no module)'} cannot be imported: {type(error).__name__}: {error}; "
+            "the folder that holds it must be installed or on PYTHONPATH"
+        ) from error
+    if attribute not in contents:
+        near = difflib.get_close_matches(attribute, [key for key in contents if isinstance(contents[key], type)], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RewardError(f"reward_model={name!r}: {module} has no {attribute!r}{hint}")
+    found = contents[attribute]
     if not (isinstance(found, type) and issubclass(found, PointwiseRewardModel | GroupwiseRewardModel)):
         raise RewardError(
             f"reward_model={name!r}: {attribute} in {module} is not a subclass of PointwiseRewardModel or "
@@ -57,7 +73,7 @@ def check_reward(arguments: RewardArguments) -> type[RewardModel]:
     """Return the reward's class after checking its options and fields, before any model is loaded.
 
     Raises:
-        RewardError: An option is unknown or wrong, or a required field does not exist.
+        RewardError: An option is unknown or wrong, or a required field does not exist or is none that samples have.
     """
     cls = reward_class(arguments.reward_model)
     try:
@@ -69,12 +85,48 @@ def check_reward(arguments: RewardArguments) -> type[RewardModel]:
         raise RewardError(
             f"reward {arguments.name!r}: required_fields names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}"
         )
+    absent = [name for name in cls.required_fields if name not in PROVIDED_FIELDS]
+    if absent:
+        raise RewardError(
+            f"reward {arguments.name!r} requires {absent[0]!r}, which the samples of this version do not have; they "
+            f"have: {', '.join(PROVIDED_FIELDS)}"
+        )
     return cls
 
 
+def check_metadata(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt], *, source: str) -> None:
+    """Check that every prompt has metadata if a reward requires it, before any model is loaded.
+
+    Args:
+        rewards: The rewards that will score samples of these prompts.
+        prompts: All prompts of one set.
+        source: What the config calls the set.
+
+    Raises:
+        RewardError: A reward requires metadata that a prompt does not have; or there is no such reward.
+    """
+    bare = [prompt.text for prompt in prompts if not prompt.metadata]
+    for reward in rewards:
+        if "metadata" in reward_class(reward.reward_model).required_fields and bare:
+            raise RewardError(
+                f"reward {reward.name!r} requires 'metadata', which {len(bare)} of {len(prompts)} prompts of {source!r} "
+                f'do not have, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
+            )
+
+
 def build_reward_model(arguments: RewardArguments, accelerator: Any = None) -> RewardModel:
-    """Build one reward from its entry in `rewards:`."""
-    return check_reward(arguments)(arguments, accelerator)
+    """Build one reward from its entry in `rewards:`.
+
+    Raises:
+        RewardError: The entry is wrong, or the reward's constructor failed.
+    """
+    cls = check_reward(arguments)
+    try:
+        return cls(arguments, accelerator)
+    except TiltflowError:
+        raise
+    except Exception as error:  # a constructor may fail in any way: no memory, no file, no network, a mistake
+        raise RewardError(f"reward {arguments.name!r} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def build_reward(
@@ -88,6 +140,9 @@ def build_reward(
         dtype: `float32`, `bfloat16` or `float16`.
         batch_size: Samples per call of a pointwise reward.
         **options: The reward's own options, checked against its `Options`.
+
+    Raises:
+        RewardError: There is no such reward, an argument is wrong, or the reward's constructor failed.
     """
     entry = {
         "name": name_or_python_path.rpartition(".")[2],
@@ -97,7 +152,13 @@ def build_reward(
         "batch_size": batch_size,
         "options": options,
     }
-    return build_reward_model(RewardArguments.model_validate(entry))
+    try:
+        arguments = RewardArguments.model_validate(entry)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise RewardError(f"reward {entry['name']!r}: {key}={problem['input']!r}: {problem['msg']}") from error
+    return build_reward_model(arguments)
 
 
 def identity(arguments: RewardArguments) -> str:
@@ -113,5 +174,5 @@ def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: 
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [*legal, *RewardArguments.model_fields], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"reward {arguments.name!r}: unknown key {key!r}{hint} Own options: {', '.join(legal) or 'none'}"
+        return f"reward {arguments.name!r}: unknown key {key!r}{hint}; its own options: {', '.join(legal) or 'none'}"
     return f"reward {arguments.name!r}: {key}: {problem['msg']}; got {problem.get('input')!r}"

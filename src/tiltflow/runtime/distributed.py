@@ -1,6 +1,7 @@
 """One process or many: ranks, shares of an epoch, sums over ranks, and failures that no rank waits for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -75,9 +76,15 @@ class Distributed:
             if message is not None:
                 raise RuntimeError(f"rank {rank} failed: {message}")
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on all ranks, wait for each other, and raise everywhere what one of them raised."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:  # raised again below, on every rank
+            error = failure
+        self.agree(error)
 
     def close(self) -> None:
         """Leave the process group."""

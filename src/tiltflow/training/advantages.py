@@ -64,8 +64,7 @@ def group_advantages(
     _check_choices(aggregation, std)
     _check_shapes(scores, groups, valid)
     weight = _checked_weights(weights, scores)
-    values = scores.detach().double()
-    usable = torch.isfinite(values)
+    values, usable = scores.detach().double(), torch.isfinite(scores)
     if valid is not None:
         usable = usable & (valid if valid.ndim == 2 else valid[:, None])
     rows = (usable | (weight == 0)).all(1)  # [B]
@@ -80,9 +79,8 @@ def group_advantages(
     per_reward = _group_statistics(values, rows, index)
     combined = _weighted_sum(per_reward.centred / per_reward.std.clamp(min=STD_FLOOR), weight)
     mean, scale = _pooled_mean_std(combined, rows, reduce)
-    whitened = (combined - mean) / scale.clamp(min=STD_FLOOR)
     flat = _group_statistics(combined[:, None], rows, index).flat[:, 0]
-    return torch.where(rows & ~flat, whitened, 0.0)
+    return torch.where(rows & ~flat, (combined - mean) / scale.clamp(min=STD_FLOOR), 0.0)
 
 
 @dataclass(frozen=True)

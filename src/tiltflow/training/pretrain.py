@@ -200,9 +200,7 @@ def train_transformer(
         log("transformer", step, loss.item())
         if (step + 1) % config.save_every == 0:
             progress = {"step": step + 1, "recent": recent, "seconds": time.perf_counter() - began}
-            write = partial(
-                _save_training, modules=modules, optimizer=optimizer, average=average, progress=progress
-            )
+            write = partial(_save_training, modules=modules, optimizer=optimizer, average=average, progress=progress)
             store.save(step + 1, write)
     with torch.no_grad():
         for parameter, mean in zip(parameters, average, strict=True):

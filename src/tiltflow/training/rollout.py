@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tiltflow.flow.sampling import sample
@@ -14,9 +15,9 @@ from tiltflow.types import Conditioning, Config, Prompt, SampleBatch
 class SamplerConfig(Config):
     """How images are made, in rollouts or in evaluation."""
 
-    num_steps: int = 20
+    num_steps: int = Field(default=20, ge=1)
     guidance_scale: float = 2.0
-    batch_size: int = 16
+    batch_size: int = Field(default=16, ge=1)
 
 
 @torch.no_grad()

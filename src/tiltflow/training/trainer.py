@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tiltflow.algorithms.base import Algorithm, Velocities
@@ -29,20 +30,20 @@ class TrainConfig(Config):
     """How long and on how much to train; epoch sizes are totals over all processes."""
 
     trainer_type: Literal["ram"] = "ram"
-    epochs: int = 1000
+    epochs: int = Field(default=1000, ge=1)
     num_prompts_per_epoch: int = 48
     group_size: int = 24
     batch_size: int = 8  # noised points per forward and backward pass of one process
-    lr: float = 3e-4
+    lr: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-4
-    adam_eps: float = 1e-8
-    max_grad_norm: float | None = None
-    ema_decay: float = 0.9
+    weight_decay: float = Field(default=1e-4, ge=0)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    ema_decay: float = Field(default=0.9, ge=0, lt=1)
     advantage_aggregation: Literal["sum", "gdpo"] = "sum"
     advantage_std: Literal["global", "group"] = "global"
-    max_failure_fraction: float = 0.5
-    save_every: int = 10
+    max_failure_fraction: float = Field(default=0.5, ge=0, le=1)
+    save_every: int = Field(default=1, ge=1)  # epochs
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,8 @@ class Trainer:
             )
 
     def _score(self, samples: SampleBatch) -> RewardTable:
-        table, error = None, None
-        try:
+        with self.distributed.together():
             table = self.engine.score(samples)
-        except Exception as failure:  # told to every rank before it is raised, so that no rank waits for this one
-            error = failure
-        self.distributed.agree(error)
-        assert table is not None
         self._limit_failures(table)
         return table
 

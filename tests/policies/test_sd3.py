@@ -1,0 +1,215 @@
+"""The SD3 policy against the stock pipeline, on a tiny random checkpoint of the real classes."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from tiltflow.errors import ConfigError
+from tiltflow.flow import sample
+from tiltflow.policies.sd3 import LORA_FILE, SD3Config, SD3Policy
+
+PROMPTS = ["a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross"]
+
+
+def build(random_sd3, **options):
+    values = {
+        "model_name": str(random_sd3),
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 1,
+        "precision": "fp32",
+        "lora": {"rank": 4, "alpha": 8},
+        **options,
+    }
+    return SD3Policy(SD3Config.model_validate(values), device=torch.device("cpu"), seed=0)
+
+
+def perturb(policy, scale=0.1):
+    """Move theta and `ema` away from the reference."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.weights.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    policy.weights.follow("ema", decay=0.0)
+
+
+@pytest.mark.parametrize(("guidance_scale", "steps"), [(1.0, 7), (4.5, 7), (2.0, 20)])
+def test_sampling_reproduces_the_stock_pipeline(random_sd3, guidance_scale, steps):
+    policy = build(random_sd3)
+    stock = StableDiffusion3Pipeline.from_pretrained(random_sd3)
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditioning, negative = policy.conditioning(PROMPTS), policy.negative(3)
+    expected = stock(
+        prompt_embeds=conditioning.tensors["encoder_hidden_states"],
+        pooled_prompt_embeds=conditioning.tensors["pooled_projections"],
+        negative_prompt_embeds=negative.tensors["encoder_hidden_states"],
+        negative_pooled_prompt_embeds=negative.tensors["pooled_projections"],
+        latents=noise.clone(),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        height=32,
+        width=32,
+        output_type="latent",
+    ).images
+    with torch.no_grad(), policy.weights.using("ref"):
+        ours = sample(
+            policy.velocity,
+            noise,
+            sigmas=policy.sigmas(steps),
+            conditioning=conditioning,
+            negative=negative,
+            guidance_scale=guidance_scale,
+        ).latents
+    assert (ours - noise).abs().max() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_encoding_equals_the_stock_pipeline_call(random_sd3):
+    """The same prompts, noise and steps give the same pixels as calling the stock pipeline with text."""
+    policy = build(random_sd3)
+    stock = StableDiffusion3Pipeline.from_pretrained(random_sd3)
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    expected = stock(
+        PROMPTS,
+        latents=noise.clone(),
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+        max_sequence_length=1,
+        output_type="pt",
+    ).images
+    with torch.no_grad(), policy.weights.using("ref"):
+        latents = sample(
+            policy.velocity,
+            noise,
+            sigmas=policy.sigmas(5),
+            conditioning=policy.conditioning(PROMPTS),
+            negative=policy.negative(3),
+            guidance_scale=3.0,
+        ).latents
+        images = policy.decode(latents)
+    assert images.min() >= 0 and images.max() <= 1 and images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+def test_each_prompt_is_encoded_once(random_sd3, monkeypatch):
+    policy = build(random_sd3)
+    encoded = []
+    original = policy.encode
+    monkeypatch.setattr(policy, "encode", lambda prompts: encoded.append(list(prompts)) or original(prompts))
+    first = policy.conditioning(["a", "b", "a"])
+    second = policy.conditioning(["b", "c"])
+    assert encoded == [["a", "b"], ["c"]]
+    assert torch.equal(first.tensors["encoder_hidden_states"][1], second.tensors["encoder_hidden_states"][0])
+    assert torch.equal(first.tensors["encoder_hidden_states"][0], first.tensors["encoder_hidden_states"][2])
+
+
+def test_the_cache_forgets_the_oldest_and_unloaded_encoders_serve_cached_prompts_only(random_sd3):
+    policy = build(random_sd3, prompt_cache_size=2)
+    policy.conditioning(["a", "b"])
+    policy.unload_text_encoders()
+    assert len(policy.conditioning(["b"])) == 1
+    with pytest.raises(ConfigError, match="unload_text_encoders"):
+        policy.conditioning(["z"])
+    small = build(random_sd3, prompt_cache_size=1)
+    small.conditioning(["a"])
+    small.conditioning(["b"])
+    small.unload_text_encoders()
+    with pytest.raises(ConfigError, match="'a'"):
+        small.conditioning(["a"])
+
+
+def test_lora_starts_at_the_reference_and_trains_only_the_eight_attention_maps(random_sd3):
+    policy = build(random_sd3)
+    x, t = torch.randn(3, *policy.latent_shape), torch.tensor([0.2, 0.5, 1.0])
+    conditioning = policy.conditioning(PROMPTS)
+    with torch.no_grad():
+        theta = policy.velocity(x, t, conditioning)
+        with policy.weights.using("ref"):
+            torch.testing.assert_close(policy.velocity(x, t, conditioning), theta, rtol=0, atol=0)
+    names = {name.split(".lora_")[0].split(".", 2)[2] for name in policy.weights.trainable}
+    assert names == {
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_out.0",
+    }
+    perturb(policy)
+    with torch.no_grad():
+        assert (policy.velocity(x, t, conditioning) - theta).abs().max() > 1e-3
+        with policy.weights.using("ref"):
+            torch.testing.assert_close(policy.velocity(x, t, conditioning), theta, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in policy.weights.parameters())
+
+
+def stock_velocity(pipe, x, t, conditioning):
+    with torch.no_grad():
+        return pipe.transformer(
+            hidden_states=x,
+            timestep=t * 1000,
+            encoder_hidden_states=conditioning.tensors["encoder_hidden_states"],
+            pooled_projections=conditioning.tensors["pooled_projections"],
+        ).sample
+
+
+def test_lora_export_loads_in_the_stock_pipeline(random_sd3, tmp_path):
+    policy = build(random_sd3)
+    perturb(policy)
+    x, t = torch.randn(3, *policy.latent_shape), torch.tensor([0.2, 0.5, 1.0])
+    conditioning = policy.conditioning(PROMPTS)
+    with torch.no_grad(), policy.weights.using("ema"):
+        policy.export(tmp_path)
+        expected = policy.velocity(x, t, conditioning)
+    assert (tmp_path / LORA_FILE).is_file()
+    stock = StableDiffusion3Pipeline.from_pretrained(random_sd3)
+    plain = stock_velocity(stock, x, t, conditioning)
+    stock.load_lora_weights(tmp_path)
+    loaded = stock_velocity(stock, x, t, conditioning)
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_full_export_loads_in_the_stock_pipeline(random_sd3, tmp_path):
+    policy = build(random_sd3, finetune="full")
+    perturb(policy, scale=0.02)
+    x, t = torch.randn(3, *policy.latent_shape), torch.tensor([0.2, 0.5, 1.0])
+    conditioning = policy.conditioning(PROMPTS)
+    with torch.no_grad(), policy.weights.using("ema"):
+        policy.export(tmp_path)
+        expected = policy.velocity(x, t, conditioning)
+    stock = StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(stock_velocity(stock, x, t, conditioning), expected, rtol=0, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(random_sd3):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = build(random_sd3, gradient_checkpointing=checkpointing)
+        perturb(policy)
+        x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
+        policy.velocity(x, torch.tensor([0.2, 0.5, 1.0]), policy.conditioning(PROMPTS)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in policy.weights.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_velocity_is_close_to_fp32(random_sd3):
+    x, t = torch.randn(3, *build(random_sd3).latent_shape), torch.tensor([0.2, 0.5, 1.0])
+    exact, rough = (build(random_sd3, precision=name) for name in ("fp32", "bf16"))
+    with torch.no_grad():
+        a = exact.velocity(x, t, exact.conditioning(PROMPTS))
+        b = rough.velocity(x, t, rough.conditioning(PROMPTS))
+    assert b.dtype == torch.float32
+    assert 0 < (a - b).norm() / a.norm() < 0.03
+
+
+def test_a_model_that_is_not_there_is_explained():
+    with pytest.raises(ConfigError, match=r"(?s)policy\.model_name='/nowhere'.*hub"):
+        SD3Policy(SD3Config(model_name="/nowhere"), device=torch.device("cpu"), seed=0)
