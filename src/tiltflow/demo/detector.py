@@ -15,7 +15,7 @@ from tiltflow.rewards.geneval import Detection
 
 MIN_AREA: Final = 24  # pixels of a 64x64 image; smaller blobs are specks
 TEMPLATE: Final = 32  # side of the normalised mask that outlines are compared on
-TEMPERATURE: Final = 0.03  # of the softmax over outline overlaps
+TEMPERATURE: Final = 0.02  # of the softmax over outline overlaps
 GOOD_OVERLAP: Final = 0.75  # overlap from which a shape counts as cleanly drawn
 
 

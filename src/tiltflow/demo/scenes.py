@@ -104,7 +104,7 @@ def sample_scene(metadata: Mapping[str, Any], rng: np.random.Generator) -> list[
         shared = clause.get("color") or (_random_color(rng) if rng.random() < 0.5 else None)
         kinds += [(clause["class"], shared or _random_color(rng)) for _ in range(clause["count"])]
         relation = clause["position"][0] if "position" in clause else relation
-    for _ in range(LAYOUT_ATTEMPTS):
+    for _ in range(LAYOUT_ATTEMPTS if len(kinds) in RADII else 0):
         layout = _place(len(kinds), relation, rng)
         if layout is not None:
             return [SceneObject(shape, color, *place) for (shape, color), place in zip(kinds, layout, strict=True)]

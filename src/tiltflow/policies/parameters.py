@@ -83,8 +83,13 @@ class PolicyWeights:
         """Restore what `state` returned.
 
         Raises:
-            KeyError: A parameter is missing, which means that the state is of another model or LoRA rank.
+            KeyError: A parameter is missing: the state is of another model.
+            ValueError: A parameter has another shape: the state is of another size or LoRA rank.
         """
+        for name, parameter in self.trainable.items():
+            found = state[f"theta.{name}"].shape
+            if found != parameter.shape:
+                raise ValueError(f"{name} is {list(found)} in the state and {list(parameter.shape)} in the model")
         for index, (name, parameter) in enumerate(self.trainable.items()):
             parameter.copy_(state[f"theta.{name}"])
             for snapshot in LAGGED:

@@ -121,10 +121,10 @@ def build_tokenizer(captions: Sequence[str], *, max_length: int) -> CLIPTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
-    vocab = bpe.get_vocab()
-    for symbol in (byte + "</w>" for byte in alphabet):
-        vocab.setdefault(symbol, len(vocab))
     merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    # Numbered anew: the trainer numbers the letters that end a word in an order that changes from run to run.
+    symbols = [start, end, *alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
+    vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     return CLIPTokenizer(
         vocab=vocab,
         merges=merges,

@@ -8,7 +8,14 @@ from tiltflow.rewards.base import (
     RewardModelOutput,
 )
 from tiltflow.rewards.engine import RewardEngine
-from tiltflow.rewards.registry import REWARDS, build_reward, build_reward_model, check_metadata, check_reward, reward_class
+from tiltflow.rewards.registry import (
+    REWARDS,
+    build_reward,
+    build_reward_model,
+    check_metadata,
+    check_reward,
+    reward_class,
+)
 
 __all__ = [
     "REWARDS",

@@ -89,9 +89,12 @@ def detector_class(name: str) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RewardError(f"detector={name!r} is neither built in ({', '.join(DETECTORS)}) nor a Python path{hint}")
     try:
-        return vars(import_module(module))[attribute]
-    except (ImportError, KeyError) as error:
-        raise RewardError(f"detector={name!r} cannot be imported: {error}") from error
+        contents = vars(import_module(module))
+    except Exception as error:  # the user's module may fail in any way while it is imported
+        raise RewardError(f"detector={name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if attribute not in contents:
+        raise RewardError(f"detector={name!r} cannot be imported: {module} has no {attribute!r}")
+    return contents[attribute]
 
 
 def _pick(result: GenevalResult, score: Literal["partial", "strict", "correct"]) -> float | bool:

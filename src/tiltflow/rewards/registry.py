@@ -109,8 +109,8 @@ def check_metadata(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt]
     for reward in rewards:
         if "metadata" in reward_class(reward.reward_model).required_fields and bare:
             raise RewardError(
-                f"reward {reward.name!r} requires 'metadata', which {len(bare)} of {len(prompts)} prompts of {source!r} "
-                f'do not have, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
+                f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "
+                f'have none, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
             )
 
 

@@ -265,7 +265,7 @@ def load_weights(policy: Policy, directory: Path) -> None:
     state = load_tensors(directory / WEIGHTS_FILE)
     try:
         policy.weights.load_state(state)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError) as error:
         raise ConfigError(
             f"{directory} does not fit this config's policy: {error}; keep policy.model_name, policy.finetune and "
             "policy.lora as they were, or choose another output_dir"

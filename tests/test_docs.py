@@ -1,0 +1,54 @@
+"""Every example in the documentation is run: Python blocks executed, YAML blocks and commands parsed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tiltflow.cli import _overrides, _parser
+from tiltflow.config import PretrainConfig, RunConfig, normalise_rewards, resolve_key
+from tiltflow.rewards import RewardArguments, check_reward
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+
+
+def blocks(language):
+    found = []
+    for page in PAGES:
+        for index, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)):
+            found.append(pytest.param(text, id=f"{page.name}-{index}"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python_runs(source):
+    exec(compile(source, "documentation", "exec"), {})
+
+
+@pytest.mark.parametrize("source", blocks("yaml"))
+def test_yaml_rewards_are_valid(source):
+    values = yaml.safe_load(source)
+    for entry in normalise_rewards(values["rewards"]):
+        assert check_reward(RewardArguments.model_validate(entry))
+
+
+@pytest.mark.parametrize("source", blocks("bash"))
+def test_commands_parse_and_their_overrides_exist(source):
+    commands = [line for line in source.splitlines() if "tiltflow " in line and not line.startswith("#")]
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        known, rest = _parser().parse_known_args(words[words.index("tiltflow") + 1 :])
+        schema = PretrainConfig if known.command == "pretrain" else RunConfig
+        for key, _ in _overrides(rest):
+            assert resolve_key(key, schema)
+
+
+def test_links_to_files_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
