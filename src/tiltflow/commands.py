@@ -235,6 +235,8 @@ def run_sampling(
     output_dir: Path,
 ) -> list[Path]:
     """Generate images of prompts and write them one by one and as a grid; returns the files."""
+    if count < 1:
+        raise ConfigError(f"--count {count}: make at least 1 image per prompt")
     policy_config, found = _policy_of(checkpoint, model_name)
     values = found.sampler.model_dump() if found else {}
     sampler = validate(SamplerConfig, {**values, **_flat(overrides)}, source="sample")

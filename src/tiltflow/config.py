@@ -181,6 +181,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must hold a mapping of keys; it holds {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):  # YAML reads a bare `on` or `1` so
+            raise ConfigError(f"config {path}: key {key!r} is no text; put it in quotes")
     return values
 
 

@@ -149,7 +149,7 @@ def test_wrong_suffix(tmp_path: Path) -> None:
 def test_a_folder_is_no_prompt_file(tmp_path: Path) -> None:
     folder = tmp_path / "prompts.txt"
     folder.mkdir()
-    with pytest.raises(DataError, match="cannot be read: .*Is a directory"):
+    with pytest.raises(DataError, match=r"cannot be read: .*Is a directory"):
         load_prompts(str(folder), split="train")
 
 

@@ -1,6 +1,6 @@
 """The pixel-reading detector on clean drawn scenes: it must be right on at least 99% of them."""
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def extent(item: SceneObject) -> NDArray[np.float64]:
     return np.concatenate([points.min(axis=0), points.max(axis=0) + 1]) / SUPERSAMPLING
 
 
-@lru_cache(maxsize=None)
+@cache
 def judged(tag: str) -> tuple[int, int, int]:
     """Return scenes, scenes that are correct and strict, and scenes of exactly the drawn shapes, for one tag."""
     rng = np.random.default_rng(TAGS.index(tag))

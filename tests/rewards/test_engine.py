@@ -58,14 +58,14 @@ def output_of(value: Any) -> type[PointwiseRewardModel]:
 
 
 def test_pil_images_are_rounded_to_bytes() -> None:
-    table = engine_of(Recorder).score(batch([0.0, 0.4, 1.0]))
+    table = engine_of(Recorder).score(batch([0.0, 0.399, 1.0]))
     (call,) = Recorder.made[0].calls
     assert all(isinstance(item, Image.Image) for item in call["image"])
     assert [item.size for item in call["image"]] == [(4, 4)] * 3
     assert [item.mode for item in call["image"]] == ["RGB"] * 3
     assert [item.getpixel((1, 2)) for item in call["image"]] == [(0, 0, 0), (102, 102, 102), (255, 255, 255)]
     assert table.scores.dtype == torch.float32
-    assert table.column("r").tolist() == pytest.approx([0.0, 0.4, 1.0])
+    assert table.column("r").tolist() == pytest.approx([0.0, 0.4, 1.0], abs=1e-6)
 
 
 def test_pil_images_keep_rows_columns_and_channels() -> None:

@@ -251,7 +251,10 @@ def test_options_reach_the_reward_checked_and_with_defaults() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"style": "x", "treshold": 1}, "unknown key 'treshold'; did you mean 'threshold'?; its own options: style, thr"),
+        (
+            {"style": "x", "treshold": 1},
+            "unknown key 'treshold'; did you mean 'threshold'?; its own options: style, ",
+        ),
         ({"style": "x", "wieght": 1}, "unknown key 'wieght'; did you mean 'weight'?"),
         ({"style": "x", "colour": 1}, "unknown key 'colour'; its own options: style, threshold"),
         ({"style": "x", "threshold": "high"}, "threshold: Input should be a valid number.*; got 'high'"),
@@ -304,7 +307,10 @@ class NeedsMetadata(FailsToLoad):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NeedsVideo", "reward 'mine' requires 'video', which the samples of this version do not have; they have: prom"),
+        (
+            "NeedsVideo",
+            "reward 'mine' requires 'video', which the samples of this version do not have; they have: ",
+        ),
         ("NeedsConditions", "reward 'mine' requires 'condition_images', which the samples of this version do not have"),
         ("NeedsDepth", "reward 'mine': required_fields names 'depth'; legal fields: prompt, image, video"),
     ],
