@@ -1,7 +1,6 @@
 """The model card of a pretrained tiny model: what it is, how it was made, how to use it."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,31 +38,20 @@ The third text encoder is there because the stock loader wants one; it answers z
 
 ## Training
 
-| what | value |
-|---|---|
-| data | {pool:,} scenes drawn by `{source}`, seed {seed}; of training prompts only |
-| autoencoder | {vae_steps:,} steps of {vae_batch}; final loss {vae_loss:.5f}; {vae_seconds:.0f} s |
-| transformer and text encoders | {steps:,} steps of {batch}, flow matching; final loss {loss:.4f}; {seconds:.0f} s |
-| machine | {threads} CPU threads, torch {version}, {arithmetic} |
-| stored as | transformer and autoencoder float16, text encoders float32 |
+{phases}
 
-```json
-{config}
-```
+Stored: transformer and autoencoder in float16, text encoders in float32. `training.json` holds the whole config of
+every phase.
 """
 
 
-def model_card(
-    config: Mapping[str, Any], pipe: Any, autoencoder: Mapping[str, float], *, loss: float, seconds: float
-) -> str:
+def model_card(pipe: Any, phases: Sequence[Mapping[str, Any]]) -> str:
     """Return the card as markdown.
 
     Args:
-        config: The pretraining config as plain values.
         pipe: The finished pipeline.
-        autoencoder: `loss` and `seconds` of its training.
-        loss: Mean flow-matching loss of the last hundred steps.
-        seconds: Of the flow-matching stage.
+        phases: One entry per pretraining run, the first from scratch; each has `loss`, `seconds`, `threads`, `torch`
+            and `config`, and the first also `autoencoder_loss` and `autoencoder_seconds`.
     """
     modules = {
         "transformer": pipe.transformer,
@@ -75,21 +63,33 @@ def model_card(
     millions = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
     return _CARD.format(
         total=sum(millions.values()),
-        size=config["model"]["image_size"],
+        size=pipe.vae.config.sample_size,
         rows="\n".join(f"| {name} | {count:.3f} M |" for name, count in millions.items()),
-        pool=config["pool_size"],
-        source=config["source"],
-        seed=config["seed"],
-        vae_steps=config["autoencoder"]["steps"],
-        vae_batch=config["autoencoder"]["batch_size"],
-        vae_loss=autoencoder["loss"],
-        vae_seconds=autoencoder["seconds"],
-        steps=config["steps"],
-        batch=config["batch_size"],
-        loss=loss,
-        seconds=seconds,
-        threads=torch.get_num_threads(),
-        version=torch.__version__,
-        arithmetic="bfloat16 autocast" if config["bf16"] else "float32",
-        config=json.dumps(config, indent=1),
+        phases="\n\n".join(_phase(number, phase) for number, phase in enumerate(phases, start=1)),
     )
+
+
+def machine() -> dict[str, Any]:
+    """Return what the time of a run depends on."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _phase(number: int, phase: Mapping[str, Any]) -> str:
+    config = phase["config"]
+    rows = {
+        "data": f"{config['pool_size']:,} scenes drawn by `{config['source']}`; of training prompts only",
+        "seed": config["seed"],
+        "transformer and text encoders": f"{config['steps']:,} steps of {config['batch_size']}, learning rate "
+        f"{config['lr']}, flow matching; final loss {phase['loss']:.4f}; {phase['seconds']:.0f} s",
+        "machine": f"{phase['threads']} CPU threads, torch {phase['torch']}, "
+        + ("bfloat16 autocast" if config["bf16"] else "float32"),
+    }
+    if "autoencoder_loss" in phase:
+        training = config["autoencoder"]
+        rows["autoencoder"] = (
+            f"{training['steps']:,} steps of {training['batch_size']}; final loss {phase['autoencoder_loss']:.5f}; "
+            f"{phase['autoencoder_seconds']:.0f} s with encoding"
+        )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    start = "from scratch" if config["init_from"] is None else "from the phase before"
+    return f"Phase {number}, {start}:\n\n| what | value |\n|---|---|\n{table}"

@@ -7,6 +7,7 @@ Flow matching (Lipman et al. 2023; Esser et al. 2024, eq. 2) regresses the veloc
 with the caption c replaced by the empty one now and then, so that classifier-free guidance works.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiltflow.flow.paths import interpolate, logit_normal_times
-from tiltflow.policies.model_card import model_card
+from tiltflow.policies.model_card import machine, model_card
+from tiltflow.policies.sd3 import load_pipeline
 from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compact, text_embeddings
 from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
 from tiltflow.runtime.randomness import generator
 from tiltflow.types import Config
+
+PHASES_FILE = "training.json"
 
 Log = Callable[[str, int, float], None]
 
@@ -54,6 +58,7 @@ class PretrainConfig(Config):
 
     output_dir: str = "outputs/tiny_sd3"
     source: str = "tiltflow.demo.dataset:DrawnScenes"
+    init_from: str | None = None
     seed: int = 0
     model: TinySD3Config = TinySD3Config()
     autoencoder: AutoencoderTraining = AutoencoderTraining()
@@ -74,10 +79,11 @@ class PretrainConfig(Config):
 
 
 def pretrain(config: PretrainConfig, *, log: Log) -> Path:
-    """Make a model from scratch; run again after an interruption, it continues from its last saved step.
+    """Make a model from scratch, or train one further; run again after an interruption, it goes on where it was.
 
     Args:
-        config: The run.
+        config: The run. With `init_from`, a finished checkpoint of an earlier run, the autoencoder and the tokenizer
+            stay as they are and the transformer and text encoders are trained further: one more phase.
         log: Called as `log(stage, step, loss)`.
 
     Returns:
@@ -85,35 +91,48 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
     """
     run_dir = Path(config.output_dir)
     source = _source(config.source)
-    pipe = build_tiny_sd3(config.model, source.captions, seed=config.seed)
+    phases: list[dict[str, Any]] = []
+    if config.init_from is None:
+        pipe: Any = build_tiny_sd3(config.model, source.captions, seed=config.seed)
+    else:
+        pipe = load_pipeline(config.init_from)
+        phases = json.loads((Path(config.init_from) / PHASES_FILE).read_text())
     images, captions = source.draw(config.pool_size, seed=config.seed)
-    began = time.perf_counter()
-    prepared = run_dir / "autoencoder"
-    store = CheckpointStore(prepared, keep=1)
-    done = store.latest(on_skip=lambda message: print(f"warning: {message}"))
-    if done is None:
-        loss = train_autoencoder(
-            pipe.vae,
-            images[: config.autoencoder.pool_size],
-            config.autoencoder,
-            seed=config.seed,
-            bf16=config.bf16,
-            log=log,
-        )
-        latents, shift, scale = encode_pool(pipe.vae, images)
-        facts = {"loss": loss, "seconds": time.perf_counter() - began, "shift": shift, "scale": scale}
-        done = store.save(config.autoencoder.steps, lambda path: _save_prepared(path, pipe.vae, latents, facts))
-    pipe.vae.load_state_dict(load_tensors(done / "vae.safetensors"))
-    latents = load_tensors(done / "latents.safetensors")["latents"]
-    made: Any = load_state(done, "facts")
-    pipe.vae.register_to_config(shift_factor=made["shift"], scaling_factor=made["scale"])
+    latents, made = _prepare(pipe, images, config, store=CheckpointStore(run_dir / "autoencoder", keep=1), log=log)
     loss, seconds = train_transformer(
         pipe, latents, captions, config, store=CheckpointStore(run_dir / "transformer", keep=1), log=log
     )
+    phases.append({**made, "loss": loss, "seconds": seconds, **machine(), "config": config.model_dump(mode="json")})
     final = run_dir / "model"
     save_compact(pipe, final)
-    (final / "README.md").write_text(model_card(config.model_dump(mode="json"), pipe, made, loss=loss, seconds=seconds))
+    (final / PHASES_FILE).write_text(json.dumps(phases, indent=1))
+    (final / "README.md").write_text(model_card(pipe, phases))
     return final
+
+
+def _prepare(
+    pipe: Any, images: Tensor, config: PretrainConfig, *, store: CheckpointStore, log: Log
+) -> tuple[Tensor, dict[str, float]]:
+    """Make or restore the autoencoder and the scaled latents of the image pool; return also how it was made."""
+    done = store.latest(on_skip=lambda message: print(f"warning: {message}"))
+    if done is None:
+        began = time.perf_counter()
+        facts: dict[str, float] = {}
+        if config.init_from is None:
+            pool = images[: config.autoencoder.pool_size]
+            facts["autoencoder_loss"] = train_autoencoder(
+                pipe.vae, pool, config.autoencoder, seed=config.seed, bf16=config.bf16, log=log
+            )
+        latents, shift, scale = encode_pool(pipe.vae, images)
+        if config.init_from is not None:
+            latents = (latents / scale + shift - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+            shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
+        facts |= {"shift": shift, "scale": scale, "autoencoder_seconds": time.perf_counter() - began}
+        done = store.save(config.autoencoder.steps, lambda path: _save_prepared(path, pipe.vae, latents, facts))
+    pipe.vae.load_state_dict(load_tensors(done / "vae.safetensors"))
+    made: Any = load_state(done, "facts")
+    pipe.vae.register_to_config(shift_factor=made["shift"], scaling_factor=made["scale"])
+    return load_tensors(done / "latents.safetensors")["latents"], made
 
 
 def train_autoencoder(
