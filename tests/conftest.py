@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if (
     not torch.cuda.is_available()
 ):  # on a GPU some backward passes, such as that of resizing, have no deterministic kernel

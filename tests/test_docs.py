@@ -52,3 +52,9 @@ def test_links_to_files_exist():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_tree_names_every_source_file():
+    tree = (ROOT / "README.md").read_text()
+    files = {path.name for path in (ROOT / "src" / "tiltflow").rglob("*.py")} - {"__init__.py"}
+    assert [name for name in sorted(files) if f" {name} " not in tree] == []

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict
+from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import CheckpointError, ConfigError
@@ -36,9 +37,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class LoRAOptions(Config):
     """Low-rank adapters on the transformer."""
 
-    rank: int = 32
-    alpha: int = 64
-    targets: tuple[str, ...] = ATTENTION_TARGETS
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    targets: tuple[str, ...] = Field(default=ATTENTION_TARGETS, min_length=1)
 
 
 class SD3Config(Config):
@@ -48,15 +49,15 @@ class SD3Config(Config):
     model_name: str
     finetune: Literal["lora", "full"] = "lora"
     lora: LoRAOptions = LoRAOptions()
-    height: int = 512
-    width: int = 512
-    max_sequence_length: int = 128
+    height: int = Field(default=512, ge=16, multiple_of=16)
+    width: int = Field(default=512, ge=16, multiple_of=16)
+    max_sequence_length: int = Field(default=128, ge=1)
     precision: Precision = "bf16"  # of the transformer's arithmetic (autocast); trained weights are always fp32
     frozen_dtype: Precision = "fp32"  # in which the transformer's untrained weights are kept under LoRA
     text_encoder_dtype: Precision = "fp32"
     gradient_checkpointing: bool = False
     unload_text_encoders: bool = False
-    prompt_cache_size: int = 4096
+    prompt_cache_size: int = Field(default=4096, ge=1)
 
 
 class SD3Policy(Policy):
@@ -205,8 +206,8 @@ def load_pipeline(model_name: str) -> StableDiffusion3Pipeline:
         return StableDiffusion3Pipeline.from_pretrained(model_name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"policy.model_name={model_name!r} could not be loaded as a Stable Diffusion 3 pipeline: {error}\n"
-            "Give a local folder in diffusers format, the name of a hub repository that you may access (gated ones "
+            f"policy.model_name={model_name!r} could not be loaded as a Stable Diffusion 3 pipeline: {error}; "
+            "give a local folder in diffusers format, the name of a hub repository that you may access (gated ones "
             "need `hf auth login`), or 'tiny_sd3' for the embedded model."
         ) from error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from tiltflow.errors import CheckpointError
@@ -40,7 +40,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: The file is missing or damaged.
     """
     try:
-        return load_file(path)
+        return load(path.read_bytes())  # not mapped: the file may be replaced or removed while they are in use
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the tensors of {path}: {error}") from error
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from tiltflow.flow.paths import interpolate, logit_normal_times
@@ -26,7 +27,7 @@ from tiltflow.policies.sd3 import load_pipeline
 from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compact, text_embeddings
 from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
 from tiltflow.runtime.randomness import generator
-from tiltflow.types import Config
+from tiltflow.types import Beta, Config
 
 PHASES_FILE = "training.json"
 
@@ -46,11 +47,11 @@ class CaptionedImages(Protocol):
 class AutoencoderTraining(Config):
     """Reconstruction training of the autoencoder."""
 
-    steps: int = 2_400
-    batch_size: int = 32
-    lr: float = 2e-3
-    kl_weight: float = 1e-6
-    pool_size: int = 20_000
+    steps: int = Field(default=2_400, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    kl_weight: float = Field(default=1e-6, ge=0)
+    pool_size: int = Field(default=20_000, ge=1)
 
 
 class PretrainConfig(Config):
@@ -62,20 +63,22 @@ class PretrainConfig(Config):
     seed: int = 0
     model: TinySD3Config = TinySD3Config()
     autoencoder: AutoencoderTraining = AutoencoderTraining()
-    steps: int = 5_000
-    batch_size: int = 64
-    lr: float = 8e-4
-    warmup_steps: int = 200
-    final_lr_fraction: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    caption_dropout: float = 0.1
-    long_context_every: int = 20  # every so many steps a quarter batch sees the stock pipeline's 256 silent T5 tokens
-    ema_decay: float = 0.999
-    pool_size: int = 80_000
+    steps: int = Field(default=5_000, ge=1)
+    batch_size: int = Field(default=64, ge=4)
+    lr: float = Field(default=8e-4, gt=0)
+    warmup_steps: int = Field(default=200, ge=1)
+    final_lr_fraction: float = Field(default=0.02, ge=0, le=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    long_context_every: int = Field(
+        default=20, ge=0
+    )  # every so many steps a quarter batch sees the stock pipeline's 256 silent T5 tokens
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    pool_size: int = Field(default=80_000, ge=1)
     bf16: bool = True
-    save_every: int = 500
+    save_every: int = Field(default=500, ge=1)
 
 
 def pretrain(config: PretrainConfig, *, log: Log) -> Path:

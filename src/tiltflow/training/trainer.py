@@ -21,7 +21,7 @@ from tiltflow.runtime.distributed import Distributed, check_divisible
 from tiltflow.runtime.randomness import generator
 from tiltflow.training.advantages import group_advantages
 from tiltflow.training.rollout import SamplerConfig, rollout
-from tiltflow.types import Config, RewardTable, SampleBatch, ScoredBatch
+from tiltflow.types import Beta, Config, RewardTable, SampleBatch, ScoredBatch
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -35,7 +35,7 @@ class TrainConfig(Config):
     group_size: int = 24
     batch_size: int = 8  # noised points per forward and backward pass of one process
     lr: float = Field(default=3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: float = Field(default=1e-4, ge=0)
     adam_eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float | None = Field(default=None, gt=0)
