@@ -308,7 +308,7 @@ def _encode_all(trainer: Trainer, eval_prompts: Sequence[Prompt]) -> None:
     """Encode every prompt that the run can ask for, then drop the text encoders."""
     policy = trainer.policy
     assert isinstance(policy, SD3Policy)
-    policy.conditioning(["", *(prompt.text for prompt in (*trainer.stream.prompts, *eval_prompts))])
+    policy.remember(["", *(prompt.text for prompt in (*trainer.stream.prompts, *eval_prompts))])
     policy.unload_text_encoders()
 
 

@@ -213,3 +213,12 @@ def test_bf16_velocity_is_close_to_fp32(random_sd3):
 def test_a_model_that_is_not_there_is_explained():
     with pytest.raises(ConfigError, match=r"(?s)policy\.model_name='/nowhere'.*hub"):
         SD3Policy(SD3Config(model_name="/nowhere"), device=torch.device("cpu"), seed=0)
+
+
+def test_remembered_prompts_outlive_the_encoders_and_too_many_are_refused(random_sd3):
+    policy = build(random_sd3, prompt_cache_size=3)
+    policy.remember(["", "a", "b", "a"])
+    policy.unload_text_encoders()
+    assert len(policy.conditioning(["b", "a"])) == 2 and len(policy.negative(2)) == 2
+    with pytest.raises(ConfigError, match=r"prompt_cache_size=3 .* 4 prompts; raise it to 4"):
+        policy.remember(["a", "b", "c", "d"])

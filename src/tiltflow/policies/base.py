@@ -7,15 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tiltflow.errors import ConfigError
 from tiltflow.policies.parameters import PolicyWeights
 from tiltflow.types import Conditioning
+
+
+ENCODE_BATCH = 64  # prompts
 
 
 class PromptCache:
     """Prompt embeddings, each computed once; rows wait in main memory, oldest out first."""
 
     def __init__(self, capacity: int):
-        self._capacity = capacity
+        self.capacity = capacity
         self._rows: dict[str, Conditioning] = {}
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
@@ -31,7 +35,7 @@ class PromptCache:
     def get(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
         """Return the rows of cached prompts, `[B, ...]`, then drop the oldest rows beyond the capacity."""
         batch = Conditioning.cat([self._rows[prompt] for prompt in prompts])
-        for prompt in list(self._rows)[: max(0, len(self._rows) - self._capacity)]:
+        for prompt in list(self._rows)[: max(0, len(self._rows) - self.capacity)]:
             del self._rows[prompt]
         return Conditioning({name: value.to(device) for name, value in batch.tensors.items()})
 
@@ -66,13 +70,30 @@ class Policy(ABC):
     def export(self, directory: Path) -> None:
         """Write the weights in use so that the family's stock pipeline loads them from `directory`."""
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode prompts into the cache, so that they can be used without the text encoders.
+
+        Raises:
+            ConfigError: They are more than the cache holds.
+        """
+        count = len(set(prompts))
+        if count > self._prompt_cache.capacity:
+            raise ConfigError(
+                f"policy.prompt_cache_size={self._prompt_cache.capacity} holds fewer than the run's {count} prompts; "
+                f"raise it to {count}, or keep the encoders with policy.unload_text_encoders=false"
+            )
+        self._encode_missing(prompts)
+
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Return the embeddings of prompts, `[B, ...]`, each unique prompt computed once and cached."""
-        missing = self._prompt_cache.missing(prompts)
-        for start in range(0, len(missing), 64):
-            part = missing[start : start + 64]
-            self._prompt_cache.put(part, self.encode(part))
+        self._encode_missing(prompts)
         return self._prompt_cache.get(prompts, self.device)
+
+    def _encode_missing(self, prompts: Sequence[str]) -> None:
+        missing = self._prompt_cache.missing(prompts)
+        for start in range(0, len(missing), ENCODE_BATCH):
+            part = missing[start : start + ENCODE_BATCH]
+            self._prompt_cache.put(part, self.encode(part))
 
     def negative(self, count: int) -> Conditioning:
         """Return the embeddings of the empty prompt, `[count, ...]`."""

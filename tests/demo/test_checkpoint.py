@@ -1,0 +1,67 @@
+"""The packaged tiny model: stock classes, small enough for git, and good enough to be tilted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from tiltflow.commands import EMBEDDED_MODELS, run_evaluation
+from tiltflow.demo.prompts import all_prompts
+
+MODEL = EMBEDDED_MODELS["tiny_sd3"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_stock_pipeline_loads_it_with_the_real_classes(pipe):
+    assert type(pipe.transformer) is SD3Transformer2DModel
+    assert type(pipe.vae) is AutoencoderKL
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert type(pipe.text_encoder) is CLIPTextModelWithProjection
+    assert type(pipe.tokenizer) is CLIPTokenizer
+
+
+def test_it_is_small(pipe):
+    modules = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    assert sum(parameter.numel() for module in modules for parameter in module.parameters()) <= 8_000_000
+    assert sum(path.stat().st_size for path in Path(MODEL).rglob("*") if path.is_file()) <= 20_000_000
+
+
+def test_its_card_records_seed_config_time_and_loss():
+    phases = json.loads((MODEL / "training.json").read_text())
+    assert all(phase["loss"] > 0 and phase["seconds"] > 0 and phase["config"]["seed"] >= 0 for phase in phases)
+    card = (MODEL / "README.md").read_text()
+    assert all(f"{phase['loss']:.4f}" in card for phase in phases)
+
+
+def test_every_caption_fits_and_every_word_is_one_token(pipe):
+    for line in all_prompts():
+        ids = pipe.tokenizer(line["prompt"]).input_ids
+        assert len(ids) == len(line["prompt"].split()) + 2 <= pipe.tokenizer.model_max_length
+
+
+def test_the_silent_t5_says_nothing(pipe):
+    tokens, _, _, _ = pipe.encode_prompt("a ring", None, None, do_classifier_free_guidance=False, max_sequence_length=9)
+    assert tokens.shape[1] == pipe.tokenizer.model_max_length + 9
+    assert torch.count_nonzero(tokens[:, pipe.tokenizer.model_max_length :]) == 0
+
+
+@pytest.mark.slow
+def test_strict_geneval_on_held_out_prompts_leaves_room_to_tilt(tmp_path):
+    result = run_evaluation(
+        checkpoint=None,
+        model_name="tiny_sd3",
+        prompts="shapes",
+        rewards="[{reward_model: Geneval, detector: shapes, batch_size: 64}]",
+        overrides=[("num_steps", "16"), ("guidance_scale", "3.0"), ("batch_size", "64"), ("max_prompts", "51")],
+        output_dir=tmp_path,
+    )
+    assert 0.30 <= result.summary["geneval_strict"].value <= 0.75
