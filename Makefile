@@ -59,7 +59,7 @@ pretrain: install ## rebuild the tiny checkpoint from nothing (extra options: AR
 	$(BIN)/tiltflow pretrain tiny_sd3 $(ARGS)
 
 bench: dev ## run the benchmarks
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.epoch $(ARGS)
 
 clean: ## remove the environment, the caches and the outputs
 	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache

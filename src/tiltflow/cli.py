@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after an error of the user's."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    sys.path.insert(0, os.getcwd())  # rewards of the user's own live beside the config
+    sys.path.append(os.getcwd())  # rewards of the user's own live beside the config
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:

@@ -102,7 +102,7 @@ def test_each_prompt_is_encoded_once(random_sd3, monkeypatch):
     monkeypatch.setattr(policy, "encode", lambda prompts: encoded.append(list(prompts)) or original(prompts))
     first = policy.conditioning(["a", "b", "a"])
     second = policy.conditioning(["b", "c"])
-    assert encoded == [["a", "b"], ["c"]]
+    assert encoded == [["a"], ["b"], ["c"]]
     assert torch.equal(first.tensors["encoder_hidden_states"][1], second.tensors["encoder_hidden_states"][0])
     assert torch.equal(first.tensors["encoder_hidden_states"][0], first.tensors["encoder_hidden_states"][2])
 

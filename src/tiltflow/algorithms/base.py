@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Velocities:
 
 class Algorithm(ABC):
     """A post-training algorithm; final classes implement the three methods."""
+
+    metric_names: ClassVar[tuple[str, ...]]  # what `loss` reports beside the loss, in a fixed order
 
     @abstractmethod
     def noise(

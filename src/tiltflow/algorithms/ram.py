@@ -59,6 +59,8 @@ class RAMConfig(Config):
 class RAM(Algorithm):
     """RAM with a lagged policy, K noisings per sample and one optimiser update per epoch."""
 
+    metric_names = ("drift", "target_scale")
+
     def __init__(self, config: RAMConfig):
         self.config = config
 

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiltflow.commands import train
+from tiltflow.cli import main as cli_main
 from tiltflow.evaluation import EvaluationResult, compare_table, paired_difference
 from tiltflow.report import before_after_picture
 
@@ -18,9 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tiltflow.demo.run", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", default="outputs/demo")
     known, rest = parser.parse_known_args(arguments)
-    overrides = [(key.removeprefix("--"), value) for key, value in zip(rest[::2], rest[1::2], strict=True)]
     began = time.perf_counter()
-    run_dir = train(CONFIG, [("output_dir", known.output_dir), *overrides])
+    status = cli_main(["train", CONFIG, "--output_dir", known.output_dir, *rest])
+    if status != 0:
+        sys.exit(status)
+    run_dir = Path(known.output_dir)
     print(f"\n{summary(run_dir)}")
     print(f"RESULT demo_seconds={time.perf_counter() - began:.0f}")
     print(f"RESULT report={run_dir / 'report.html'}")

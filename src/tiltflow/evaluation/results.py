@@ -151,7 +151,8 @@ def _columns(rows: Sequence[EvaluationRow]) -> dict[str, _Column]:
         if not any(info.keys() >= _TAGGED for info in infos):
             continue
         tags = np.array([str(info.get("tag", "")) for info in infos])
-        columns[f"{prefix}_partial"] = columns[prefix]
+        partial = np.array([_number(info.get("partial")) for info in infos])
+        columns[f"{prefix}_partial"] = _Column(partial, plain)
         for kind in ("correct", "strict"):
             values = np.array([_number(info.get(kind)) for info in infos])
             columns[f"{prefix}_{kind}"] = _Column(values, tags)

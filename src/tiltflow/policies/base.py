@@ -12,9 +12,6 @@ from tiltflow.policies.parameters import PolicyWeights
 from tiltflow.types import Conditioning
 
 
-ENCODE_BATCH = 64  # prompts
-
-
 class PromptCache:
     """Prompt embeddings, each computed once; rows wait in main memory, oldest out first."""
 
@@ -90,10 +87,9 @@ class Policy(ABC):
         return self._prompt_cache.get(prompts, self.device)
 
     def _encode_missing(self, prompts: Sequence[str]) -> None:
-        missing = self._prompt_cache.missing(prompts)
-        for start in range(0, len(missing), ENCODE_BATCH):
-            part = missing[start : start + ENCODE_BATCH]
-            self._prompt_cache.put(part, self.encode(part))
+        # One by one: the last bits of an embedding depend on its batch mates, and a resumed run meets others.
+        for prompt in self._prompt_cache.missing(prompts):
+            self._prompt_cache.put([prompt], self.encode([prompt]))
 
     def negative(self, count: int) -> Conditioning:
         """Return the embeddings of the empty prompt, `[count, ...]`."""

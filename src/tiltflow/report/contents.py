@@ -247,7 +247,7 @@ def _measured(run: Run) -> list[str]:
     sentences = [f"How it was measured: {', '.join(parts)}."] if parts else []
     if run.before and run.after:
         first, second = run.before.settings, run.after.settings
-        keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+        keys = [key for key in {**first, **second} if key != "epoch" and first.get(key) != second.get(key)]
         changes = [f"{key} ({first.get(key)} before, {second.get(key)} after)" for key in keys]
         sentences += [f"Careful: the two evaluations differ in {', '.join(changes)}."] if changes else []
     return sentences

@@ -140,7 +140,10 @@ class Trainer:
         load_weights(self.policy, directory)
         optimizer = load_state(directory, "optimizer")
         assert isinstance(optimizer, dict)
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(optimizer)
+        for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(chosen)  # the config decides on lr and decay, the checkpoint on the moments
         self.epoch = state["epoch"]
 
     def _rollout(self, epoch: int, status: Callable[[str], None]) -> SampleBatch:
@@ -176,7 +179,8 @@ class Trainer:
                 )
 
     def _advantages(self, samples: SampleBatch, table: RewardTable) -> tuple[ScoredBatch, dict[str, float]]:
-        valid = ~table.scores.isnan().any(dim=1)
+        # A reward of weight 0 is only watched: its failures cost no sample.
+        valid = (~table.scores.isnan() | (self.engine.weights == 0)).all(dim=1)
         advantages = group_advantages(
             table.scores,
             samples.groups,
@@ -198,7 +202,8 @@ class Trainer:
             raise RewardError("no sample of the epoch has a valid reward: there is nothing to learn from")
         policy = Velocities(self.policy.velocity, self.policy.weights.using)
         sigmas = self.policy.sigmas(self.sampler.num_steps).cpu()
-        sums: dict[str, Tensor] = {}
+        # Every rank sums the same names, also one that has no row to learn from.
+        sums = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", *self.algorithm.metric_names)}
         for group in scored.groups.unique().tolist():
             rows = (scored.groups == group).nonzero().flatten()
             noised = self.algorithm.noise(
@@ -214,7 +219,7 @@ class Trainer:
                 output = self.algorithm.loss(part, policy)
                 (output.loss * share).backward()
                 for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-                    sums[name] = sums.get(name, torch.zeros(())) + share * value.double().cpu()
+                    sums[name] += share * value.double().cpu()
         return {**self._step(), **self._sum_metrics(sums)}
 
     def _step(self) -> dict[str, float]:
@@ -232,7 +237,7 @@ class Trainer:
         return {"grad_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _sum_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        values = self.distributed.sum(torch.stack([value.double() for value in sums.values()]))
+        values = self.distributed.sum(torch.stack(list(sums.values())))
         return dict(zip(sums, values.tolist(), strict=True))
 
 
