@@ -77,6 +77,7 @@ class Brightness(PointwiseRewardModel):
             "tag": [item["tag"] for item in metadata],
             "correct": [value > 0.4 for value in values.tolist()],
             "strict": [value > 0.5 for value in values.tolist()],
+            "partial": values.tolist(),
             "reasons": [[] if value > 0.4 else ["too dark"] for value in values.tolist()],
         }
         return RewardModelOutput(values, info)
@@ -106,7 +107,7 @@ def engine(*models: type[PointwiseRewardModel], names: Sequence[str] = (), on_er
 
 
 def row(group: int, sample: int, tag: str, strict: bool, *, score: float | None = 0.5) -> EvaluationRow:
-    info = {"Geneval": {"tag": tag, "correct": True, "strict": strict, "reasons": []}}
+    info = {"Geneval": {"tag": tag, "correct": True, "strict": strict, "partial": 0.5, "reasons": []}}
     return EvaluationRow(f"prompt {group}", sample, group, {"Geneval": score}, info)
 
 
@@ -191,6 +192,24 @@ def test_stratified_interval_combines_the_errors_of_the_strata() -> None:
     found = estimate_stratified([*a, *b], np.arange(250), ["a"] * 200 + ["b"] * 50)
     expected = 1.96 * math.sqrt(a.var() / 200 + b.var() / 50) / 2  # the gap of 5 between the strata plays no part
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.06)
+
+
+def test_a_tag_with_one_prompt_or_no_variation_widens_the_interval() -> None:
+    """Strict rates of a small evaluation: one tag all wrong, one of a single prompt; the interval covers the truth."""
+    truth = {"a": 0.5, "b": 0.05, "c": 0.4}
+    prompts = {"a": 20, "b": 3, "c": 1}
+    covered = 0
+    for trial in range(200):
+        generator = np.random.default_rng(trial)
+        values, clusters, strata = [], [], []
+        for tag, count in prompts.items():
+            for prompt in range(count):
+                values += (generator.random(8) < truth[tag]).astype(float).tolist()
+                clusters += [hash((tag, prompt))] * 8
+                strata += [tag] * 8
+        found = estimate_stratified(values, clusters, strata)
+        covered += found.low <= np.mean(list(truth.values())) <= found.high
+    assert covered / 200 >= 0.90
 
 
 def test_estimates_are_repeatable() -> None:

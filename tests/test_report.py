@@ -69,6 +69,7 @@ def result(name: str, right: Sequence[bool], folder: Path, *, failed: int = -1) 
         info = {
             "tag": tag,
             "correct": strict,
+            "partial": 0.5,
             "strict": strict,
             "reasons": [] if strict else ["expected cup>=1, found 0"],
         }

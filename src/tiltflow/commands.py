@@ -37,6 +37,16 @@ from tiltflow.types import Prompt
 # Names of models that come with the package.
 EMBEDDED_MODELS: Mapping[str, Path] = {"tiny_sd3": Path(__file__).parent / "demo" / "tiny_sd3"}
 CONFIG_FILE = "config.yaml"
+# A run whose config changes in one of these is another run.
+IDENTITY = (
+    "seed",
+    "policy.model_name",
+    "policy.finetune",
+    "policy.lora",
+    "train.trainer_type",
+    "rewards",
+    "data.prompts",
+)
 
 
 def train(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
@@ -102,8 +112,11 @@ def _train(
     store = CheckpointStore(run_dir, keep=config.checkpoint.keep)
     checkpoint = store.latest(on_skip=_warn if distributed.is_main else _ignore) if run_dir.exists() else None
     if checkpoint is not None:
+        changed = changed_keys(run_dir / CONFIG_FILE, config)
         trainer.load(checkpoint)
         if distributed.is_main:
+            for line in changed:
+                _warn(f"{run_dir} goes on with another value: {line}")
             print(f"resuming {run_dir} after epoch {trainer.epoch}", file=sys.stderr)
     evaluator = Evaluator(config, trainer, eval_prompts, run_dir / "evaluations", distributed)
     trackers = TrackerGroup([])
@@ -127,6 +140,36 @@ def _train(
         evaluator.once("after", "ema", epoch=trainer.epoch, status=bar.status)
     if distributed.is_main:
         print(f"report: {write_report(run_dir)}")
+
+
+def changed_keys(path: Path, config: RunConfig) -> list[str]:
+    """Compare a run's saved config with the one it is resumed with.
+
+    Returns:
+        One line per key that has changed.
+
+    Raises:
+        ConfigError: A key has changed that makes it another run.
+    """
+    if not path.is_file():
+        return []
+    before, now = _flatten(read_yaml(path)), _flatten(config.model_dump(mode="json"))
+    lines = []
+    for key in sorted({*before, *now} - {"output_dir"}):
+        if before.get(key) == now.get(key):
+            continue
+        line = f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        if key.startswith(IDENTITY):
+            raise ConfigError(f"{path.parent} holds another run ({line}); choose another output_dir, or keep the value")
+        lines.append(line)
+    return lines
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _after_epoch(
@@ -184,11 +227,20 @@ class Evaluator:
                         image_dir=self._directory,
                         progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
                     )
-                replace(result, settings={**result.settings, "epoch": epoch}).save(self._directory)
+                replace(result, settings={**result.settings, **self._settings(epoch)}).save(self._directory)
+
+    def _settings(self, epoch: int) -> dict[str, Any]:
+        return {
+            **self._config.model_dump(mode="json"),
+            "rewards": [reward.model_dump(mode="json") for reward in self._engine.rewards],
+            "epoch": epoch,
+        }
 
     def _is_done(self, name: str, epoch: int) -> bool:
         path = self._directory / f"{name}.json"
-        return path.exists() and EvaluationResult.load(path).settings.get("epoch") == epoch
+        if not path.exists():
+            return False
+        return self._settings(epoch).items() <= EvaluationResult.load(path).settings.items()
 
 
 def run_evaluation(

@@ -16,7 +16,9 @@ from tiltflow.evaluation.statistics import Estimate, Floats, estimate_known, est
 from tiltflow.rewards.geneval import TAGS
 from tiltflow.runtime.checkpoint import write_atomically
 
-_TAGGED: Final = frozenset({"tag", "correct", "strict"})  # what a reward tells when it judges as GenEval does
+_TAGGED: Final = frozenset(
+    {"tag", "correct", "strict", "partial"}
+)  # what a reward tells when it judges as GenEval does
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,9 @@ def estimate_stratified(
 ) -> Estimate:
     """Return the unweighted mean of the strata's means, prompts resampled within each stratum (GenEval's tag).
 
-    A stratum without any variation adds nothing to the interval's width, and one of a single prompt only what its
-    images vary: with few prompts a tag, the interval is on the short side.
+    A rate's stratum that shows no variation, or has one prompt only, is drawn from its Jeffreys posterior over images,
+    Beta(k + 1/2, n - k + 1/2) (Brown, Cai and DasGupta 2001): resampling it would promise certainty. Other values of a
+    single prompt are resampled image by image, which says nothing about other prompts.
 
     Args:
         values: One per image, N; NaN is left out.
@@ -82,9 +83,17 @@ def estimate_known(values: Floats, clusters: NDArray[Any], strata: NDArray[Any],
     if count == 1:
         return Estimate(value, math.nan, math.nan, count)
     generator = np.random.default_rng(_SEED)
-    draws = np.mean([_resampled_means(values[part], clusters[part], generator) for part in parts], axis=0)
+    draws = np.mean([_drawn_means(values[part], clusters[part], generator, rate=rate) for part in parts], axis=0)
     low, high = np.percentile(draws, (2.5, 97.5))
     return Estimate(value, float(low), float(high), count)
+
+
+def _drawn_means(values: Floats, clusters: NDArray[Any], generator: np.random.Generator, *, rate: bool) -> Floats:
+    """Return plausible means of one stratum, `[RESAMPLES]`."""
+    if rate and (values.min() == values.max() or len(np.unique(clusters)) < 2):
+        right = values.sum()
+        return generator.beta(right + 0.5, len(values) - right + 0.5, size=RESAMPLES)
+    return _resampled_means(values, clusters, generator)
 
 
 def _resampled_means(values: Floats, clusters: NDArray[Any], generator: np.random.Generator) -> Floats:

@@ -34,7 +34,7 @@ class TinySD3Config(Config):
     text_tokens: int = 16
     text_widths: tuple[int, int] = (128, 64)
     text_layers: tuple[int, int] = (3, 2)
-    shift: float = 3.0
+    shift: float = 1.0
 
 
 def build_tiny_sd3(config: TinySD3Config, captions: Sequence[str], *, seed: int) -> StableDiffusion3Pipeline:
