@@ -213,20 +213,23 @@ class Evaluator:
         )
 
     def once(self, name: str, snapshot: Snapshot, *, epoch: int, status: Callable[[str], None]) -> None:
-        """Evaluate a snapshot on the main process unless its result for this epoch is already there."""
+        """Evaluate a snapshot, shared by all processes, unless its result for this epoch is already there."""
+        if self._distributed.gather(self._is_done(name, epoch))[0]:
+            return
+        policy = self._trainer.policy
+        with torch.no_grad(), policy.weights.using(snapshot):
+            result = evaluate(
+                policy,
+                self._engine,
+                self._prompts,
+                config=self._config,
+                name=name,
+                image_dir=self._directory,
+                distributed=self._distributed,
+                progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
+            )
         with self._distributed.together():
-            if self._distributed.is_main and not self._is_done(name, epoch):
-                policy = self._trainer.policy
-                with torch.no_grad(), policy.weights.using(snapshot):
-                    result = evaluate(
-                        policy,
-                        self._engine,
-                        self._prompts,
-                        config=self._config,
-                        name=name,
-                        image_dir=self._directory,
-                        progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
-                    )
+            if self._distributed.is_main:
                 replace(result, settings={**result.settings, **self._settings(epoch)}).save(self._directory)
 
     def _settings(self, epoch: int) -> dict[str, Any]:

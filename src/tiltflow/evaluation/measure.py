@@ -7,6 +7,7 @@ one config start from the same noise and their difference can be taken image by 
 import io
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, finite_
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine
 from tiltflow.runtime.checkpoint import write_atomically
+from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.rollout import SamplerConfig, rollout
 from tiltflow.types import Config, Prompt, RewardTable, SampleBatch
 
@@ -53,6 +55,7 @@ def evaluate(
     config: EvaluationConfig,
     name: str,
     image_dir: Path | None = None,
+    distributed: Distributed | None = None,
     progress: Progress = lambda done, total: None,
 ) -> EvaluationResult:
     """Generate images with the weights in use, score them, and summarise.
@@ -64,7 +67,8 @@ def evaluate(
         config: Sampler and sizes.
         name: Of the result and of the folder of its images; letters, digits, `_`, `-` and `.`.
         image_dir: The folder that the result will be saved in; images go to `<image_dir>/<name>/`. None keeps none.
-        progress: Told (images done, images in total).
+        distributed: Shares the prompts over its processes; every one of them returns the whole result.
+        progress: Told (images done, images in total) of this process.
 
     Raises:
         ConfigError: The name is no file name, or two rewards share one once in lower case.
@@ -73,30 +77,35 @@ def evaluate(
     """
     _check(engine, prompts, name)
     chosen = choose_prompts(prompts, config.max_prompts)
-    total = len(chosen) * config.images_per_prompt
+    own = chosen if distributed is None else chosen[distributed.rank :: distributed.world_size]
+    total = len(own) * config.images_per_prompt
     kept = _kept_images(prompts, chosen, config) if image_dir is not None else set[tuple[int, int]]()
     per_chunk = max(1, _BATCHES_PER_CHUNK * config.batch_size // config.images_per_prompt)
     rows: list[EvaluationRow] = []
-    for start in range(0, len(chosen), per_chunk):
-        groups = chosen[start : start + per_chunk]
-        done = len(rows)
-        samples = rollout(
-            policy,
-            [prompts[group] for group in groups],
-            groups=groups,
-            group_size=config.images_per_prompt,
-            sampler=config.sampler,
-            seed=(config.seed, "evaluation"),
-            progress=lambda images, _, done=done: progress(done + images, total),
-        )
-        table = engine.score(samples)
-        for index, group in enumerate(samples.groups.tolist()):
-            sample = index % config.images_per_prompt
-            image = None
-            if image_dir is not None and (group, sample) in kept:
-                image = f"{name}/{group:05d}_{sample:02d}.png"
-                write_png(to_picture(samples.images[index]), image_dir / image)
-            rows.append(_row(samples, table, index, sample=sample, image=image))
+    with distributed.together() if distributed is not None else nullcontext():
+        for start in range(0, len(own), per_chunk):
+            groups = own[start : start + per_chunk]
+            done = len(rows)
+            samples = rollout(
+                policy,
+                [prompts[group] for group in groups],
+                groups=groups,
+                group_size=config.images_per_prompt,
+                sampler=config.sampler,
+                seed=(config.seed, "evaluation"),
+                progress=lambda images, _, done=done: progress(done + images, total),
+            )
+            table = engine.score(samples)
+            for index, group in enumerate(samples.groups.tolist()):
+                sample = index % config.images_per_prompt
+                image = None
+                if image_dir is not None and (group, sample) in kept:
+                    image = f"{name}/{group:05d}_{sample:02d}.png"
+                    write_png(to_picture(samples.images[index]), image_dir / image)
+                rows.append(_row(samples, table, index, sample=sample, image=image))
+    if distributed is not None:
+        everyone = [row for part in distributed.gather(rows) for row in part]
+        rows = sorted(everyone, key=lambda row: (row.group, row.sample))
     settings = {**config.model_dump(mode="json"), "prompts": len(chosen), "images": len(rows)}
     return EvaluationResult(name, settings, summarise(rows), rows)
 
