@@ -30,6 +30,18 @@ class NaNForFirst(Brightness):
         return RewardModelOutput(values)
 
 
+class NaNForStars(Brightness):
+    """Cannot score any sample of a prompt with a star in it."""
+
+    required_fields = ("prompt", "image")
+
+    def __call__(self, prompt, image=None, **media: Any):
+        values = [
+            math.nan if "star" in text else item[0].mean().item() for text, item in zip(prompt, image, strict=True)
+        ]
+        return RewardModelOutput(values)
+
+
 class AllNaN(Brightness):
     def __call__(self, prompt, image=None, **media: Any):
         return RewardModelOutput(torch.full((len(prompt),), math.nan))

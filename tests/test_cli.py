@@ -105,6 +105,14 @@ def test_wrong_arguments(failing: Failing, arguments: list[str], expected: str) 
     assert failing("train", "shapes_ram", *arguments).startswith(expected)
 
 
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_the_config_comes_before_its_overrides(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--lr", "1e-4", "shapes_ram"])
+    assert ended.value.code == 2
+    assert f"--lr: the config comes first: tiltflow {command} CONFIG --lr ..." in capsys.readouterr().err
+
+
 def test_negative_numbers_are_values(failing: Failing) -> None:
     assert "train.lr=-1" in failing("train", "shapes_ram", "--lr", "-1")
 
@@ -151,12 +159,30 @@ def test_unknown_key_of_a_config(failing: Failing, write: Callable[..., Path]) -
         ("sampler", {"batch_size": 0}),
         ("evaluation", {"images_per_prompt": 0}),
         ("algorithm", {"num_noisings": 0}),
+        ("train", {"evaluate_every": 0}),
     ],
 )
 def test_sizes_and_rates_out_of_range(
     failing: Failing, write: Callable[..., Path], section: str, values: dict[str, Any]
 ) -> None:
     assert f"{section}.{next(iter(values))}" in failing("train", write(**{section: values}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"policy": {"frozen_dtype": "bf16"}}, "precision=fp32 cannot compute with frozen_dtype=bf16; set it to fp32"),
+        (
+            {"policy": {"finetune": "full", "unload_text_encoders": True}},
+            "unload_text_encoders=true drops a part of the",
+        ),
+        ({"train": {"advantage_aggregation": "gdpo", "advantage_std": "group"}}, "leave advantage_std=global"),
+    ],
+)
+def test_values_that_do_not_fit_together(
+    failing: Failing, write: Callable[..., Path], sections: dict[str, Any], expected: str
+) -> None:
+    assert expected in failing("train", write(**sections))
 
 
 def test_group_size_below_two(failing: Failing, write: Callable[..., Path]) -> None:
@@ -235,6 +261,9 @@ def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
     assert "detector='mask2former' is not part of this version" in failing(
         "train", write(policy=nowhere, rewards=["Geneval"])
     )
+    # an override by name takes the config's own entry, the drawn world's detector included
+    named = failing("train", write(policy=nowhere, rewards=geneval), "--rewards", "[Geneval]")
+    assert "no_model" in named and "detector" not in named
 
 
 def test_a_folder_without_a_model(
@@ -291,8 +320,8 @@ def test_neither_or_both_of_checkpoint_and_model(failing: Failing, command: list
             ["--prompts", "ocr", "--rewards", "{reward_model: Geneval, detector: shapes}"],
             "reward 'Geneval' requires 'm",
         ),
-        (["--num_step", "3"], "evaluate: unknown key 'num_step'; did you mean 'num_steps'?"),
-        (["--num_steps", "0"], "evaluate: num_steps=0: Input should be greater than or equal to 1"),
+        (["--num_step", "3"], "--num_step is not a key of the config; nearest: evaluation.num_steps"),
+        (["--num_steps", "0"], "evaluate: evaluation.num_steps=0: Input should be greater than or equal to 1"),
     ],
 )
 def test_wrong_evaluations(failing: Failing, random_sd3: Path, arguments: list[str], expected: str) -> None:

@@ -141,9 +141,16 @@ def test_a_text_can_be_taken_back() -> None:
     assert shapes(("output_dir", "null")).output_dir == "outputs/shapes_ram"
 
 
-def test_rewards_by_name() -> None:
-    (reward,) = shapes(("rewards", "[Geneval]")).rewards
-    assert (reward.name, reward.reward_model, reward.weight) == ("Geneval", "Geneval", 1.0)
+@pytest.mark.parametrize("text", ["[Geneval]", "Geneval", "[geneval]"])
+def test_a_bare_name_in_an_override_stands_for_the_file_s_own_entry(text: str) -> None:
+    assert shapes(("rewards", text)).rewards == shapes().rewards
+    (reward,) = shapes(("eval_rewards", text)).eval_rewards
+    assert (reward.name, reward.options) == ("geneval", {"detector": "shapes"})
+
+
+def test_a_reward_written_out_in_an_override_is_taken_as_written() -> None:
+    (reward,) = shapes(("rewards", "[{reward_model: Geneval, weight: 2}]")).rewards
+    assert (reward.name, reward.weight, reward.options) == ("Geneval", 2.0, {})
 
 
 def test_an_override_of_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
@@ -252,9 +259,13 @@ def test_a_missing_key_of_a_section() -> None:
         ("betas", "[0.9]", "FILE: key 'train.betas.1' is missing"),
         ("train", "3", "FILE: train=3: Input should be a valid dictionary"),
         ("rewards", "[]", "FILE: rewards=[]: Tuple should have at least 1 item"),
-        ("rewards", "3", "rewards=3: write a list of rewards, one mapping, or names such as '[Geneval]'"),
-        ("rewards", "[{name: a}]", "rewards: an entry needs `reward_model` (a built-in name or a Python path); got {"),
-        ("rewards", "[3]", "rewards: an entry needs `reward_model` (a built-in name or a Python path); got 3"),
+        ("rewards", "3", "--rewards=3: write a list of rewards, one mapping, or names such as '[Geneval]'"),
+        (
+            "rewards",
+            "[{name: a}]",
+            "--rewards: an entry needs `reward_model` (a built-in name or a Python path); got {",
+        ),
+        ("rewards", "[3]", "--rewards: an entry needs `reward_model` (a built-in name or a Python path); got 3"),
         ("rewards", "[Genevall]", "reward_model='Genevall' is not a built-in reward; did you mean 'Geneval'?"),
         ("lr", "[1", "--lr '[1' is not a valid YAML value: line 1: expected ',' or ']'"),
     ],

@@ -8,10 +8,18 @@ import pytest
 import yaml
 
 from tiltflow.cli import _overrides, _parser
-from tiltflow.config import PretrainConfig, RunConfig, normalise_rewards, resolve_key
+from tiltflow.config import (
+    EvaluateConfig,
+    PretrainConfig,
+    RunConfig,
+    SampleConfig,
+    normalise_rewards,
+    resolve_key,
+)
 from tiltflow.rewards import RewardArguments, check_reward
 
 ROOT = Path(__file__).resolve().parents[1]
+SCHEMAS = {"train": RunConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig}
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 
 
@@ -42,7 +50,7 @@ def test_commands_parse_and_their_overrides_exist(source):
     for line in commands:
         words = shlex.split(line, comments=True)
         known, rest = _parser().parse_known_args(words[words.index("tiltflow") + 1 :])
-        schema = PretrainConfig if known.command == "pretrain" else RunConfig
+        schema = SCHEMAS[known.command]
         for key, _ in _overrides(rest):
             assert resolve_key(key, schema)
 

@@ -61,7 +61,8 @@ def run_values(model: Path, output_dir: Path, **sections: dict[str, Any]) -> dic
         "tracking": {"console": False},
     }
     for section, overrides in sections.items():
-        values[section] = {**values[section], **overrides} if isinstance(values[section], dict) else overrides
+        own = values.get(section)
+        values[section] = {**own, **overrides} if isinstance(own, dict) else overrides
     return values
 
 

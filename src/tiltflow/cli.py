@@ -9,6 +9,8 @@ from pathlib import Path
 from tiltflow.errors import ConfigError, TiltflowError
 
 Overrides = list[tuple[str, str]]
+WITH_CONFIG = ("train", "pretrain")
+FLAGS = ("--help", "--print-config")  # the only words with dashes that may come before the config
 # Set before the libraries are imported: their advice on loading is for people who call them directly.
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -18,8 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     sys.path.append(os.getcwd())  # rewards of the user's own live beside the config
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
+    if words[:1] and words[0] in WITH_CONFIG and len(words) > 2 and words[1].startswith("--") and words[1] not in FLAGS:
+        parser.error(f"{words[1]}: the config comes first: tiltflow {words[0]} CONFIG {words[1]} ...")
+    known, rest = parser.parse_known_args(words)
     try:
         return int(known.run(known, _overrides(rest)) or 0)
     except TiltflowError as error:
@@ -73,9 +78,9 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> None:
 
         print(dump(load_run_config(arguments.config, overrides)), end="")
         return
-    from tiltflow.commands import train
+    from tiltflow.commands import run_training
 
-    train(arguments.config, overrides)
+    run_training(arguments.config, overrides)
 
 
 def _pretrain(arguments: argparse.Namespace, overrides: Overrides) -> None:

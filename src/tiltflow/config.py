@@ -20,6 +20,7 @@ from tiltflow.training.rollout import SamplerConfig
 from tiltflow.training.trainer import TrainConfig
 from tiltflow.types import Config
 
+REWARD_KEYS = ("rewards", "eval_rewards")
 PACKAGED = Path(__file__).parent / "configs"
 
 
@@ -55,6 +56,20 @@ class RunConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
 
 
+class EvaluateConfig(Config):
+    """What `tiltflow evaluate` can set beside its arguments."""
+
+    policy: SD3Config
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class SampleConfig(Config):
+    """What `tiltflow sample` can set beside its arguments."""
+
+    policy: SD3Config
+    sampler: SamplerConfig
+
+
 def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
     """Load a run config by path or packaged name, apply overrides and check everything.
 
@@ -69,7 +84,13 @@ def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> R
         ConfigError: Something is missing, unknown, ambiguous or wrong; names the field, the value and the remedy.
     """
     path = find_config(source)
-    values = override(read_yaml(path), overrides, RunConfig)
+    own = read_yaml(path)
+    values = override(own, overrides, RunConfig)
+    known = [entry for key in REWARD_KEYS for entry in normalise_rewards(own.get(key) or (), key=key)]
+    for key, text in overrides:
+        full = resolve_key(key, RunConfig)
+        if full in REWARD_KEYS:
+            values[full] = override_rewards(full, text, known)
     if values.get("output_dir") is None:
         values["output_dir"] = f"outputs/{path.stem}"
     return run_config(values, source=str(path))
@@ -85,14 +106,35 @@ def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ())
     return validate(PretrainConfig, override(read_yaml(path), overrides, PretrainConfig), source=str(path))
 
 
-def run_config(values: Mapping[str, Any], *, source: str) -> RunConfig:
-    """Check a nested mapping against the schema, rewards included."""
+def configure(
+    schema: type[Any], values: Mapping[str, Any], overrides: Sequence[tuple[str, str]], *, source: str
+) -> Any:
+    """Return an instance of a config class from values and overrides.
+
+    Raises:
+        ConfigError: As `load_run_config`.
+    """
+    return validate(schema, override(values, overrides, schema), source=source)
+
+
+def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = True) -> RunConfig:
+    """Check a nested mapping against the schema.
+
+    Args:
+        values: The content of a config file.
+        source: Named in messages.
+        check_rewards: Import every reward's class and check its options too.
+
+    Raises:
+        ConfigError: A key is missing, unknown or wrong.
+        RewardError: A reward cannot be imported, or an option of it is wrong.
+    """
     normal = {key: value for key, value in values.items()}
-    for key in ("rewards", "eval_rewards"):
+    for key in REWARD_KEYS:
         if key in normal:
             normal[key] = normalise_rewards(normal[key], key=key)
     config: RunConfig = validate(RunConfig, normal, source=source)
-    for reward in (*config.rewards, *config.eval_rewards):
+    for reward in (*config.rewards, *config.eval_rewards) if check_rewards else ():
         if reward.reward_model not in UPCOMING:
             check_reward(reward)
     return config
@@ -120,6 +162,23 @@ def normalise_rewards(value: Any, *, key: str = "rewards") -> list[dict[str, Any
     if not isinstance(entries, list | tuple):
         raise ConfigError(f"{key}={value!r}: write a list of rewards, one mapping, or names such as '[Geneval]'")
     return [_normalise_reward(entry, key=key) for entry in entries]
+
+
+def override_rewards(key: str, text: str, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Read an override of a list of rewards; a bare name stands for the config's own entry of it, if there is one.
+
+    Args:
+        key: `rewards` or `eval_rewards`.
+        text: YAML, such as `[Geneval]`.
+        known: The config's own entries, in their full form.
+    """
+    value = parse_value(key, text)
+    entries = normalise_rewards(value, key=f"--{key}")
+    written = [value] if isinstance(value, str | Mapping) else value
+    own = {name: dict(entry) for entry in reversed(known) for name in (entry["reward_model"], entry["name"])}
+    return [
+        own.get(word, entry) if isinstance(word, str) else entry for word, entry in zip(written, entries, strict=True)
+    ]
 
 
 def _normalise_reward(entry: Any, *, key: str) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class Conditioning:
         """Select rows, by slice or by an integer tensor `[N]` (which may repeat rows)."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
+    def expand(self, count: int) -> "Conditioning":
+        """Return a single row as `count` rows of one memory."""
+        return Conditioning({name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()})
+
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """Concatenate batches of the same policy."""
@@ -62,7 +66,6 @@ class SampleBatch:
     groups: Tensor  # [B] int64, unique over all ranks of one epoch
     latents: Tensor  # [B, C, h, w], x0 in the policy's latent space
     images: Tensor  # [B, 3, H, W] in [0, 1], float32 on the CPU
-    conditioning: Conditioning  # [B, ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -97,11 +100,14 @@ class RewardTable:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Samples with their advantages: what an algorithm learns from."""
+    """Samples with their advantages: what an algorithm learns from.
 
+    It carries prompts, not their embeddings: those are megabytes each in a large model, and cached by the policy.
+    """
+
+    prompts: Sequence[Prompt]  # B
     latents: Tensor  # [B, C, h, w]
-    conditioning: Conditioning  # [B, ...]
-    advantages: Tensor  # [B] float64; 0 where no valid reward exists
+    advantages: Tensor  # [B] float64
     groups: Tensor  # [B] int64
 
     def __len__(self) -> int:

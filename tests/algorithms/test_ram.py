@@ -9,6 +9,7 @@ import torch
 from tests.shared import case_tensors, golden, requires_shared
 from tiltflow.algorithms import RAM, RAMConfig, Velocities, ram_loss, ram_target
 from tiltflow.data import PromptStream
+from tiltflow.flow import sigma_schedule
 from tiltflow.rewards import RewardArguments, RewardEngine
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.testing import ToyPolicy, gaussian_velocity
@@ -116,7 +117,7 @@ def test_a_constant_changes_nothing_for_a_self_consistent_velocity_and_something
     torch.testing.assert_close(moved - still, torch.full((9,), -0.5, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def toy_trainer(policy, reward, *, epochs, multiplier=0.5, lr=0.03, seed=0):
+def toy_trainer(policy, reward, *, epochs, multiplier=0.5, lr=0.03, seed=0, steps=20):
     argument = RewardArguments(name="r", reward_model=f"tiltflow.testing.{reward}")
     return Trainer(
         policy,
@@ -126,7 +127,7 @@ def toy_trainer(policy, reward, *, epochs, multiplier=0.5, lr=0.03, seed=0):
         config=TrainConfig(
             epochs=epochs, num_prompts_per_epoch=4, group_size=128, batch_size=1024, lr=lr, weight_decay=0.0
         ),
-        sampler=SamplerConfig(num_steps=20, guidance_scale=1.0, batch_size=512),
+        sampler=SamplerConfig(num_steps=steps, guidance_scale=1.0, batch_size=512),
         seed=seed,
         distributed=Distributed(),
     )
@@ -140,6 +141,60 @@ def test_ram_moves_the_toy_policy_to_the_tilted_gaussian():
     with torch.no_grad(), policy.weights.using("ema"):
         assert policy.mean.item() == pytest.approx(0.5, abs=0.06)
         assert policy.log_std.exp().item() == pytest.approx(1.0, abs=0.06)
+
+
+def quadratic_fixed_point(multiplier, *, ram, steps, low=0.4, high=1.0):
+    """Return the std of a centred Gaussian policy at which training on r = -x^2/2 stands still, reference N(0, 1).
+
+    Args:
+        multiplier: m; the advantage is the reward standardised under the policy itself.
+        steps: Of the time grid.
+        ram: Whether the policy follows RAM's expected target, or the velocity of the law tilted by that advantage.
+    """
+    sigmas = sigma_schedule(steps, shift=1.0)[:-1].double()
+    z, weights = np.polynomial.hermite_e.hermegauss(40)
+
+    def pull(std):
+        var = std**2
+        slope = multiplier / (var / math.sqrt(2))  # m over the std of x^2/2 under N(0, var)
+        tilted = 1 / (1 + slope)
+        total = 0.0
+        for t in sigmas.tolist():
+            x = z * math.sqrt((1 - t) ** 2 * var + t**2)
+            v = velocity(x, t, 0.0, var)
+            goal = velocity(x, t, 0.0, tilted)
+            if ram:
+                goal = expected_target(
+                    x,
+                    t,
+                    mean=0.0,
+                    var=var,
+                    v_ref=velocity(x, t, 0.0, 1.0),
+                    v_old=v,
+                    reward=lambda x0: slope * (var - x0**2) / 2,
+                )
+            change = velocity(x, t, 0.0, (std + 1e-4) ** 2) - velocity(x, t, 0.0, (std - 1e-4) ** 2)
+            total += t * float((torch.as_tensor(weights / weights.sum()) * (v - goal) * change).sum())
+        return total
+
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pull(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def test_ram_on_the_quadratic_reward_stops_where_its_bias_says():
+    """Trained, the policy narrows to RAM's own fixed point, which is not the tilted Gaussian: the bias shows."""
+    expected, tilted = (quadratic_fixed_point(0.35, ram=ram, steps=80) for ram in (True, False))
+    assert tilted == pytest.approx(math.sqrt(1 - 0.35 * math.sqrt(2)), abs=1e-6)
+    policy = ToyPolicy(mean=0.0, std=1.0)
+    for _ in toy_trainer(policy, "QuadraticReward", epochs=150, multiplier=0.35, steps=80).run():
+        pass
+    with torch.no_grad(), policy.weights.using("ema"):
+        found = policy.log_std.exp().item()
+    print(f"RAM's fixed point {expected:.3f}, tilted {tilted:.3f}, trained {found:.3f}")
+    assert found == pytest.approx(expected, abs=0.02)
+    assert abs(expected - tilted) > 0.05
 
 
 def test_a_constant_reward_leaves_the_toy_policy_at_its_reference():
@@ -157,12 +212,12 @@ def test_noise_repeats_each_sample_k_times_on_the_grid():
     batch = ram.noise(
         latents,
         torch.tensor([0.1, 0.2, 0.3]),
-        Conditioning({"c": torch.tensor([[7.0], [8.0], [9.0]])}),
+        Conditioning({"c": torch.tensor([[7.0]])}),
         sigmas=sigmas,
         generator=torch.Generator().manual_seed(0),
     )
     assert batch.x0.flatten().tolist() == [0.0] * 5 + [1.0] * 5 + [2.0] * 5
-    assert batch.conditioning.tensors["c"].flatten().tolist() == [7.0] * 5 + [8.0] * 5 + [9.0] * 5
+    assert batch.conditioning.tensors["c"].flatten().tolist() == [7.0] * 15
     assert batch.advantages[[0, 5, 14]].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert set(batch.t.tolist()) <= set(sigmas[:-1].tolist())
     assert batch.eps.unique().numel() == 15
@@ -185,7 +240,7 @@ def test_loss_asks_ref_old_and_theta_without_guidance():
         return policy.velocity(latents, t, conditioning)
 
     ram = RAM(RAMConfig(num_noisings=2))
-    conditioning = Conditioning({"length": torch.zeros(4, 1)})
+    conditioning = Conditioning({"length": torch.zeros(1, 1)})
     batch = ram.noise(
         torch.randn(4, 1, 1, 1),
         torch.randn(4),

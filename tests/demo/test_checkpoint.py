@@ -9,9 +9,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from tiltflow.commands import EMBEDDED_MODELS, run_evaluation
+from tiltflow.config import load_run_config
 from tiltflow.demo.prompts import all_prompts
 
-MODEL = EMBEDDED_MODELS["tiny_sd3"]
+MODEL = EMBEDDED_MODELS["tiny_sd3"].folder
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,13 @@ def test_the_silent_t5_says_nothing(pipe):
 
 @pytest.mark.slow
 def test_strict_geneval_on_held_out_prompts_leaves_room_to_tilt(tmp_path):
+    demo = load_run_config("shapes_ram").evaluation
     result = run_evaluation(
         checkpoint=None,
         model_name="tiny_sd3",
         prompts="shapes",
-        rewards="[{reward_model: Geneval, detector: shapes, batch_size: 64}]",
-        overrides=[("num_steps", "16"), ("guidance_scale", "3.0"), ("batch_size", "64"), ("max_prompts", "51")],
+        rewards="[Geneval]",
+        overrides=[(key, str(getattr(demo, key))) for key in ("num_steps", "guidance_scale", "max_prompts")],
         output_dir=tmp_path,
     )
     assert 0.30 <= result.summary["geneval_strict"].value <= 0.75

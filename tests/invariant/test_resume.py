@@ -37,9 +37,13 @@ def killed_run(config, marks, *, after_marks, delay):
     return alive
 
 
-@pytest.mark.parametrize("finetune", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_kill_and_resume_equals_uninterrupted(random_sd3, tmp_path, finetune):
-    options = {"policy": {"finetune": finetune}, "rewards": SLOW_REWARD, "train": {"epochs": 5}}
+# Prompts that come again in later epochs: a resumed run must not meet other bits of their embeddings.
+RECURRING = {"tag_shares": {"single_object": 1, "counting": 1}}
+
+
+@pytest.mark.parametrize(("finetune", "data"), [("lora", RECURRING), pytest.param("full", {}, marks=pytest.mark.slow)])
+def test_kill_and_resume_equals_uninterrupted(random_sd3, tmp_path, finetune, data):
+    options = {"policy": {"finetune": finetune}, "rewards": SLOW_REWARD, "train": {"epochs": 5}, "data": data}
     marks = tmp_path / "marks"
     whole = write_config(tmp_path / "whole.yaml", random_sd3, tmp_path / "whole", **options)
     train(whole, TILTFLOW_TEST_MARKS=str(tmp_path / "whole_marks"))
@@ -47,7 +51,9 @@ def test_kill_and_resume_equals_uninterrupted(random_sd3, tmp_path, finetune):
     broken = write_config(tmp_path / "broken.yaml", random_sd3, tmp_path / "broken", **options)
     moment = random.Random(os.getpid())
     # one batch scores the evaluation before training; every epoch scores one more
-    assert killed_run(broken, marks, after_marks=moment.randint(3, 4), delay=moment.uniform(0, 0.2))
+    after_marks, delay = moment.randint(3, 4), moment.uniform(0, 0.2)
+    print(f"killed {delay:.3f} s after batch {after_marks}")  # shown when the test fails
+    assert killed_run(broken, marks, after_marks=after_marks, delay=delay)
     told = train(broken, TILTFLOW_TEST_MARKS=str(marks))
     assert "resuming" in told
 
@@ -55,7 +61,8 @@ def test_kill_and_resume_equals_uninterrupted(random_sd3, tmp_path, finetune):
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     rows = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if "eval/brightness" in row] == [0, 5]
 
 
 def test_a_damaged_latest_is_noticed_and_the_checkpoint_before_is_used(random_sd3, tmp_path):

@@ -83,3 +83,12 @@ def test_a_reference_context_replaces_the_copy():
     with torch.no_grad(), weights.using("ref"):
         assert entered == ["in"]
     assert entered == ["in", "out"]
+
+
+def test_a_state_with_surplus_parameters_is_refused_and_nothing_is_loaded():
+    small, large = nn.Linear(2, 1, bias=False), nn.Linear(2, 1)
+    weights = PolicyWeights(dict(small.named_parameters()))
+    before = small.weight.clone()
+    with pytest.raises(ValueError, match=r"bias is in the state and not in the model"):
+        weights.load_state(PolicyWeights(dict(large.named_parameters())).state())
+    assert torch.equal(small.weight, before)

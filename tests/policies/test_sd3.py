@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from tiltflow.commands import EMBEDDED_MODELS
 from tiltflow.errors import ConfigError
 from tiltflow.flow import sample
 from tiltflow.policies.sd3 import LORA_FILE, SD3Config, SD3Policy
@@ -33,10 +34,14 @@ def perturb(policy, scale=0.1):
     policy.weights.follow("ema", decay=0.0)
 
 
-@pytest.mark.parametrize(("guidance_scale", "steps"), [(1.0, 7), (4.5, 7), (2.0, 20)])
-def test_sampling_reproduces_the_stock_pipeline(random_sd3, guidance_scale, steps):
-    policy = build(random_sd3)
-    stock = StableDiffusion3Pipeline.from_pretrained(random_sd3)
+@pytest.mark.parametrize(
+    ("model", "guidance_scale", "steps"),
+    [("random", 1.0, 7), ("random", 4.5, 7), ("random", 2.0, 20), ("tiny_sd3", 1.5, 10), ("tiny_sd3", 4.5, 10)],
+)
+def test_sampling_reproduces_the_stock_pipeline(random_sd3, model, guidance_scale, steps):
+    folder = random_sd3 if model == "random" else EMBEDDED_MODELS[model].folder
+    policy = build(folder)
+    stock = StableDiffusion3Pipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     conditioning, negative = policy.conditioning(PROMPTS), policy.negative(3)
@@ -222,3 +227,40 @@ def test_remembered_prompts_outlive_the_encoders_and_too_many_are_refused(random
     assert len(policy.conditioning(["b", "a"])) == 2 and len(policy.negative(2)) == 2
     with pytest.raises(ConfigError, match=r"prompt_cache_size=3 .* 4 prompts; raise it to 4"):
         policy.remember(["a", "b", "c", "d"])
+
+
+def test_the_image_size_is_the_model_s_own_unless_given(random_sd3):
+    assert build(random_sd3, height=None, width=None).latent_shape[1:] == (8, 8)
+    assert build(random_sd3, height=16, width=None).latent_shape[1:] == (4, 8)
+
+
+def test_an_image_that_the_position_embedding_does_not_reach_is_refused(random_sd3):
+    with pytest.raises(ConfigError, match=r"policy\.width=48: the model draws at most 32 pixels"):
+        build(random_sd3, width=48)
+
+
+def test_embeddings_are_kept_as_the_encoders_made_them_and_given_in_float32(random_sd3):
+    policy = build(random_sd3, text_encoder_dtype="bf16")
+    given = policy.conditioning(PROMPTS).tensors["encoder_hidden_states"]
+    kept = [row.tensors["encoder_hidden_states"].dtype for row in policy._prompt_cache._rows.values()]
+    assert (given.dtype, set(kept)) == (torch.float32, {torch.bfloat16})
+    assert next(policy.pipe.vae.parameters()).dtype == next(policy.transformer.parameters()).dtype == torch.float32
+
+
+def test_a_scheduler_that_shifts_by_image_size_is_refused(random_sd3, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(random_sd3)
+    pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="use_dynamic_shifting=true"):
+        build(tmp_path)
+
+
+def test_the_network_reads_time_in_the_scheduler_s_training_steps(random_sd3, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(random_sd3)
+    pipe.scheduler.register_to_config(num_train_timesteps=500)
+    pipe.save_pretrained(tmp_path)
+    usual, halved = build(random_sd3), build(tmp_path)
+    x, conditioning = torch.randn(3, *usual.latent_shape), usual.conditioning(PROMPTS)
+    with torch.no_grad():
+        expected = usual.velocity(x, torch.full((3,), 0.4), conditioning)
+        torch.testing.assert_close(halved.velocity(x, torch.full((3,), 0.8), conditioning), expected)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tiltflow.rewards import RewardArguments, RewardEngine, RewardModel
-from tiltflow.types import Conditioning, Prompt, SampleBatch
+from tiltflow.types import Prompt, SampleBatch
 
 
 def batch(
@@ -21,7 +21,6 @@ def batch(
         groups=torch.tensor(list(groups)),
         latents=torch.zeros(count, 1, 1, 1),
         images=images,
-        conditioning=Conditioning({"c": torch.zeros(count, 1)}),
     )
 
 

@@ -12,7 +12,7 @@ from tiltflow.demo.scenes import SceneObject, draw_scene
 from tiltflow.errors import RewardError
 from tiltflow.rewards import RewardEngine, build_reward, check_reward
 from tiltflow.rewards.geneval import Detection
-from tiltflow.types import Conditioning, Prompt, RewardTable, SampleBatch
+from tiltflow.types import Prompt, RewardTable, SampleBatch
 
 LEFT = SceneObject("circle", "red", x=16.0, y=32.0, radius=10.0)
 RIGHT = SceneObject("square", "blue", x=46.0, y=32.0, radius=10.0)
@@ -26,7 +26,6 @@ def score(scenes: list[list[SceneObject]], lines: list[dict[str, Any]], **option
         groups=torch.arange(count),
         latents=torch.zeros(count, 1),
         images=images,
-        conditioning=Conditioning({"c": torch.zeros(count, 1)}),
     )
     engine = RewardEngine([entry("geneval", "Geneval", batch_size=2, options={"detector": "shapes", **options})])
     return engine.score(samples)

@@ -134,14 +134,20 @@ tracker.close()
         log_steps(path, range(2, 4), resume_step=2)
         assert steps(path) == [0, 1, 2, 3]
 
-    def test_images(self, tmp_path: Path) -> None:
+    def test_images_are_left_to_the_run(self, tmp_path: Path) -> None:
         tracker = JsonlTracker(tmp_path / "m.jsonl", resume_step=None)
-        tracker.log_images("eval/samples", [RED, BLUE], ["a réd one", "a blue one"], step=12)
+        tracker.log_images("eval/samples", [RED], ["a red one"], step=12)
         tracker.close()
-        for index, (image, caption) in enumerate([(RED, "a réd one"), (BLUE, "a blue one")]):
-            with Image.open(tmp_path / "images" / "eval" / "samples" / f"step_000012_{index:02d}.png") as loaded:
-                assert loaded.tobytes() == image.tobytes()
-                assert loaded.info["caption"] == caption
+        assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
+        assert (tmp_path / "m.jsonl").read_text() == ""
+
+    def test_a_folder_in_the_place_of_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "m.jsonl").mkdir()
+        with pytest.raises(DataError, match=r"cannot read .*m\.jsonl: Is a directory"):
+            JsonlTracker(tmp_path / "m.jsonl", resume_step=1)
+        (tmp_path / "m.jsonl.old").write_text("")
+        with pytest.raises(CheckpointError, match=r"cannot write .*m\.jsonl: Not a directory"):
+            JsonlTracker(tmp_path / "m.jsonl", resume_step=None)
 
 
 class TestTensorBoard:

@@ -1,10 +1,13 @@
 """Pretraining: it learns, it resumes exactly, and what it writes is a stock pipeline with a model card."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from tests.tiny import SIZES
+from tiltflow.errors import ConfigError
 from tiltflow.training.pretrain import AutoencoderTraining, PretrainConfig, pretrain
 
 
@@ -61,3 +64,42 @@ def test_an_interrupted_pretraining_ends_with_the_same_weights(tmp_path):
             StableDiffusion3Pipeline.from_pretrained(path).components[part].state_dict() for path in (whole, resumed)
         )
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_folder_of_another_pretraining_is_refused(tmp_path):
+    first = pretrain(small(tmp_path), log=lambda *_: None)
+    with pytest.raises(ConfigError, match=r"holds another pretraining run \(lr: 0\.003 -> 0\.1\)"):
+        pretrain(small(tmp_path, lr=0.1), log=lambda *_: None)
+    with pytest.raises(ConfigError, match=r"holds another pretraining run \(init_from: None"):
+        pretrain(small(tmp_path, init_from=str(first)), log=lambda *_: None)
+
+
+def test_a_further_phase_is_recorded_beside_the_first(tmp_path):
+    first = pretrain(small(tmp_path / "a"), log=lambda *_: None)
+    second = pretrain(small(tmp_path / "b", init_from=str(first), seed=1), log=lambda *_: None)
+    phases = json.loads((second / "training.json").read_text())
+    assert [phase["config"]["seed"] for phase in phases] == [0, 1]
+    vaes = [StableDiffusion3Pipeline.from_pretrained(path).vae.state_dict() for path in (first, second)]
+    assert all(torch.equal(vaes[0][name], vaes[1][name]) for name in vaes[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "no_such_module:Scenes"}, "source='no_such_module:Scenes' cannot be made: ModuleNotFoundError"),
+        (
+            {"source": "tiltflow.demo.dataset:Nothing"},
+            "cannot be made: KeyError: 'Nothing'; write package.module:Class",
+        ),
+        ({"init_from": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_pretraining_cannot_read_is_named(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrain(small(tmp_path, **options), log=lambda *_: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_was_not_pretrained_here_cannot_be_trained_further(tmp_path, random_sd3):
+    with pytest.raises(ConfigError, match=r"training\.json cannot be read"):
+        pretrain(small(tmp_path, init_from=str(random_sd3)), log=lambda *_: None)

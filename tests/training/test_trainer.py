@@ -34,7 +34,7 @@ def test_an_epoch_reports_rewards_loss_drift_and_seconds():
     first, second, _ = (epoch.metrics for epoch in toy_trainer().run())
     assert first["drift"] == 0 and second["drift"] > 0
     assert first["lr"] == 0.05 and first["failures/r"] == 0
-    assert first["loss"] == pytest.approx(first["target_scale"], rel=10) and first["grad_norm"] > 0
+    assert first["loss"] > 0 and first["target_scale"] > 0 and first["grad_norm"] > 0
     stages = sum(first[f"seconds/{name}"] for name in ("rollout", "reward", "update"))
     assert 0 < stages <= first["seconds/epoch"]
 

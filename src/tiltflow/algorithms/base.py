@@ -64,12 +64,12 @@ class Algorithm(ABC):
         sigmas: Tensor,
         generator: torch.Generator,
     ) -> NoisedBatch:
-        """Draw the noised points of some samples.
+        """Draw the noised points of the samples of one prompt.
 
         Args:
             latents: x0, `[B, C, h, w]`.
             advantages: `[B]`.
-            conditioning: `[B, ...]`.
+            conditioning: The prompt's one row, `[1, ...]`.
             sigmas: The sampler's time grid, `[N + 1]`.
             generator: The only source of randomness.
         """

@@ -87,7 +87,7 @@ class RAM(Algorithm):
             eps=eps.to(latents),
             t=t.to(latents),
             advantages=advantages.to(latents)[rows],
-            conditioning=conditioning[rows],
+            conditioning=conditioning.expand(len(rows)),
         )
 
     def loss(self, batch: NoisedBatch, policy: Velocities) -> LossOutput:

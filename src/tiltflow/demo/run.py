@@ -45,7 +45,7 @@ def summary(run_dir: Path) -> str:
 def train_seconds(run_dir: Path) -> float:
     """Return the seconds that all epochs of a run took, without evaluation."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return sum(row["seconds/epoch"] for row in rows)
+    return sum(row.get("seconds/epoch", 0.0) for row in rows)
 
 
 if __name__ == "__main__":

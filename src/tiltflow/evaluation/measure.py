@@ -20,8 +20,8 @@ from tiltflow.errors import ConfigError, DataError
 from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, finite_or_none, plain, summarise
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine
-from tiltflow.runtime.checkpoint import write_atomically
 from tiltflow.runtime.distributed import Distributed
+from tiltflow.runtime.files import make_folder, write_atomically
 from tiltflow.training.rollout import SamplerConfig, rollout
 from tiltflow.types import Config, Prompt, RewardTable, SampleBatch
 
@@ -96,18 +96,28 @@ def evaluate(
                 progress=lambda images, _, done=done: progress(done + images, total),
             )
             table = engine.score(samples)
-            for index, group in enumerate(samples.groups.tolist()):
-                sample = index % config.images_per_prompt
-                image = None
-                if image_dir is not None and (group, sample) in kept:
-                    image = f"{name}/{group:05d}_{sample:02d}.png"
-                    write_png(to_picture(samples.images[index]), image_dir / image)
-                rows.append(_row(samples, table, index, sample=sample, image=image))
+            files = _write_images(samples, kept, image_dir / name) if image_dir is not None else {}
+            rows += [
+                _row(samples, table, index, sample=index % config.images_per_prompt, image=files.get(index))
+                for index in range(len(samples))
+            ]
     if distributed is not None:
         everyone = [row for part in distributed.gather(rows) for row in part]
         rows = sorted(everyone, key=lambda row: (row.group, row.sample))
     settings = {**config.model_dump(mode="json"), "prompts": len(chosen), "images": len(rows)}
     return EvaluationResult(name, settings, summarise(rows), rows)
+
+
+def _write_images(samples: SampleBatch, kept: set[tuple[int, int]], folder: Path) -> dict[int, str]:
+    """Write the images of the kept (group, sample) and return their paths beside the result file, by row."""
+    files: dict[int, str] = {}
+    count = int((samples.groups == samples.groups[0]).sum())
+    for index, group in enumerate(samples.groups.tolist()):
+        sample = index % count
+        if (group, sample) in kept:
+            files[index] = f"{folder.name}/{group:05d}_{sample:02d}.png"
+            write_png(to_picture(samples.images[index]), folder.parent / files[index])
+    return files
 
 
 def choose_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[int]:
@@ -144,7 +154,7 @@ def write_png(picture: Image.Image, path: Path) -> None:
     """
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, buffer.getvalue())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiltflow.errors import DataError
 from tiltflow.evaluation.statistics import Estimate, Floats, estimate_known, estimate_stratified
 from tiltflow.rewards.geneval import TAGS
-from tiltflow.runtime.checkpoint import write_atomically
+from tiltflow.runtime.files import make_folder, write_atomically
 
 _TAGGED: Final = frozenset(
     {"tag", "correct", "strict", "partial"}
@@ -57,7 +57,7 @@ class EvaluationResult:
         Raises:
             CheckpointError: The system refused to write.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         path = directory / f"{self.name}.json"
         write_atomically(path, json.dumps(plain(asdict(self)), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         return path

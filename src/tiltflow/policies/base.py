@@ -13,7 +13,7 @@ from tiltflow.types import Conditioning
 
 
 class PromptCache:
-    """Prompt embeddings, each computed once; rows wait in main memory, oldest out first."""
+    """Prompt embeddings, each computed once; rows wait in main memory, as the encoders made them, oldest out first."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -30,11 +30,11 @@ class PromptCache:
             self._rows[prompt] = Conditioning({name: value.cpu().clone() for name, value in row.tensors.items()})
 
     def get(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        """Return the rows of cached prompts, `[B, ...]`, then drop the oldest rows beyond the capacity."""
+        """Return the rows of cached prompts, float32 `[B, ...]`, then drop the oldest rows beyond the capacity."""
         batch = Conditioning.cat([self._rows[prompt] for prompt in prompts])
         for prompt in list(self._rows)[: max(0, len(self._rows) - self.capacity)]:
             del self._rows[prompt]
-        return Conditioning({name: value.to(device) for name, value in batch.tensors.items()})
+        return Conditioning({name: value.to(device, torch.float32) for name, value in batch.tensors.items()})
 
 
 class Policy(ABC):
@@ -82,7 +82,7 @@ class Policy(ABC):
         self._encode_missing(prompts)
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the embeddings of prompts, `[B, ...]`, each unique prompt computed once and cached."""
+        """Return the embeddings of prompts, float32 `[B, ...]`, each unique prompt computed once and cached."""
         self._encode_missing(prompts)
         return self._prompt_cache.get(prompts, self.device)
 

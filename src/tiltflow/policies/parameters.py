@@ -84,8 +84,12 @@ class PolicyWeights:
 
         Raises:
             KeyError: A parameter is missing: the state is of another model.
-            ValueError: A parameter has another shape: the state is of another size or LoRA rank.
+            ValueError: A parameter has another shape or is none of the model's: the state is of another size, LoRA
+                rank or choice of LoRA targets.
         """
+        surplus = sorted(set(state) - set(self.state()))
+        if surplus:
+            raise ValueError(f"{surplus[0]} is in the state and not in the model")
         for name, parameter in self.trainable.items():
             found = state[f"theta.{name}"].shape
             if found != parameter.shape:

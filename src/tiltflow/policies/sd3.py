@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from tiltflow.errors import CheckpointError, ConfigError
+from tiltflow.errors import ConfigError
 from tiltflow.flow.steps import sigma_schedule
 from tiltflow.policies.base import Policy
 from tiltflow.policies.parameters import PolicyWeights
@@ -31,7 +31,7 @@ ATTENTION_TARGETS = (
 )
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Precision = Literal["fp32", "bf16", "fp16"]
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class LoRAOptions(Config):
@@ -49,15 +49,26 @@ class SD3Config(Config):
     model_name: str
     finetune: Literal["lora", "full"] = "lora"
     lora: LoRAOptions = LoRAOptions()
-    height: int = Field(default=512, ge=16, multiple_of=16)
-    width: int = Field(default=512, ge=16, multiple_of=16)
+    height: int | None = Field(default=None, ge=16, multiple_of=16)  # pixels; None: what the model was made for
+    width: int | None = Field(default=None, ge=16, multiple_of=16)
     max_sequence_length: int = Field(default=128, ge=1)
-    precision: Precision = "bf16"  # of the transformer's arithmetic (autocast); trained weights are always fp32
-    frozen_dtype: Precision = "fp32"  # in which the transformer's untrained weights are kept under LoRA
-    text_encoder_dtype: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the transformer's arithmetic; trained weights are always fp32
+    frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the transformer's untrained weights under LoRA
+    text_encoder_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     unload_text_encoders: bool = False
     prompt_cache_size: int = Field(default=4096, ge=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SD3Config":
+        if self.precision == "fp32" and self.frozen_dtype != "fp32":
+            raise ValueError(f"precision=fp32 cannot compute with frozen_dtype={self.frozen_dtype}; set it to fp32")
+        if self.finetune == "full" and self.unload_text_encoders:
+            raise ValueError(
+                "unload_text_encoders=true drops a part of the pipeline that a checkpoint of finetune=full holds; set "
+                "it to false, or finetune to lora"
+            )
+        return self
 
 
 class SD3Policy(Policy):
@@ -72,27 +83,29 @@ class SD3Policy(Policy):
             seed: Seeds the adapters' first weights.
 
         Raises:
-            ConfigError: The model is neither a local folder nor in the hub's cache or reach.
+            ConfigError: The model is neither a local folder nor in the hub's cache or reach, the image is larger than
+                it can draw, or its scheduler shifts times by the image's size, which no Stable Diffusion 3 does.
         """
         super().__init__(prompt_cache_size=config.prompt_cache_size)
         self.config = config
         self.device = device
-        self.pipe: Any = load_pipeline(config.model_name)
+        self.pipe: Any = load_pipeline(config.model_name, text_encoder_dtype=DTYPES[config.text_encoder_dtype])
+        if self.pipe.scheduler.config.get("use_dynamic_shifting", False):
+            raise ConfigError(f"policy.model_name={config.model_name!r}: its scheduler has use_dynamic_shifting=true")
         self.transformer: Any = self.pipe.transformer
         self._freeze()
         self.weights = self._lora(seed) if config.finetune == "lora" else self._full()
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        self.latent_shape = (self.transformer.config.in_channels, config.height // factor, config.width // factor)
+        self.latent_shape = self._latent_shape()
 
     def velocity(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return v(x_t, t, c), float32 `[B, C, h, w]`; the network reads the time as 1000 t."""
+        """Return v(x_t, t, c), float32 `[B, C, h, w]`; the network reads the time in the scheduler's training steps."""
         dtype = DTYPES[self.config.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             output = self.transformer(
                 hidden_states=latents,
-                timestep=t * 1000,
+                timestep=t * self.pipe.scheduler.config.num_train_timesteps,
                 encoder_hidden_states=conditioning.tensors["encoder_hidden_states"],
                 pooled_projections=conditioning.tensors["pooled_projections"],
                 return_dict=False,
@@ -119,7 +132,7 @@ class SD3Policy(Policy):
             do_classifier_free_guidance=False,
             max_sequence_length=self.config.max_sequence_length,
         )
-        return Conditioning({"encoder_hidden_states": tokens.float(), "pooled_projections": pooled.float()})
+        return Conditioning({"encoder_hidden_states": tokens, "pooled_projections": pooled})
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -139,11 +152,6 @@ class SD3Policy(Policy):
     def export(self, directory: Path) -> None:
         """Write the weights in use: a LoRA file for `load_lora_weights`, or a pipeline for `from_pretrained`."""
         if self.config.finetune == "full":
-            if self.pipe.text_encoder is None:
-                raise CheckpointError(
-                    "a full fine-tuning checkpoint holds the whole pipeline, and policy.unload_text_encoders=true has "
-                    "dropped a part of it; set it to false"
-                )
             self.pipe.save_pretrained(directory)
             return
         adapter = self.transformer.peft_config["default"].to_dict()
@@ -155,13 +163,28 @@ class SD3Policy(Policy):
 
     def unload_text_encoders(self) -> None:
         """Free the text encoders; from now on only cached prompts can be used."""
-        self.pipe.text_encoder = self.pipe.text_encoder_2 = self.pipe.text_encoder_3 = None
+        for name in TEXT_ENCODERS:
+            setattr(self.pipe, name, None)
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        network = self.transformer.config
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        largest = network.pos_embed_max_size * network.patch_size * factor
+        shape: list[int] = [network.in_channels]
+        for name in ("height", "width"):
+            size = getattr(self.config, name) or network.sample_size * factor
+            if size > largest:
+                raise ConfigError(
+                    f"policy.{name}={size}: the model draws at most {largest} pixels; choose a smaller size"
+                )
+            shape.append(size // factor)
+        return tuple(shape)
 
     def _freeze(self) -> None:
-        text_dtype = DTYPES[self.config.text_encoder_dtype]
-        for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
+        for name in TEXT_ENCODERS:
+            encoder = getattr(self.pipe, name)
             if encoder is not None:
-                encoder.requires_grad_(False).eval().to(self.device, text_dtype)
+                encoder.requires_grad_(False).eval().to(self.device)
         self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         self.transformer.requires_grad_(False).eval()
 
@@ -195,15 +218,16 @@ class SD3Policy(Policy):
             self.transformer.enable_adapters()
 
 
-def load_pipeline(model_name: str) -> StableDiffusion3Pipeline:
-    """Load a stock pipeline from a folder or the hub.
+def load_pipeline(model_name: str, *, text_encoder_dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
+    """Load a stock pipeline from a folder or the hub, in float32 but for its text encoders.
 
     Raises:
         ConfigError: There is no such folder and the hub does not know or give it.
     """
     disable_progress_bar()
+    dtypes = {"default": torch.float32} | dict.fromkeys(TEXT_ENCODERS, text_encoder_dtype)
     try:
-        return StableDiffusion3Pipeline.from_pretrained(model_name, dtype=torch.float32)
+        return StableDiffusion3Pipeline.from_pretrained(model_name, dtype=dtypes)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"policy.model_name={model_name!r} could not be loaded as a Stable Diffusion 3 pipeline: {error}; "

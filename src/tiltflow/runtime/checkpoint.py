@@ -86,6 +86,11 @@ class CheckpointStore:
             raise ConfigError(f"epoch={epoch}: a checkpoint number must be 0 or more")
         final = self.directory / f"epoch_{epoch:06d}"
         temporary = self.directory / f".{final.name}.{os.getpid()}.tmp"
+        latest = self.directory / "latest"
+        if latest.exists() and not latest.is_symlink():
+            raise CheckpointError(
+                f"{latest} is a folder or file where a link to the newest checkpoint belongs; move it"
+            )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clean_up_after_a_kill()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from tiltflow.errors import GeometryError
+from tiltflow.errors import GeometryError, TiltflowError
 
 T = TypeVar("T")
 
@@ -67,14 +67,17 @@ class Distributed:
         """Raise on all ranks when one of them failed, so that none waits for a dead one.
 
         Raises:
-            Exception: This rank's own error, or a RuntimeError that tells which rank failed and why.
+            Exception: This rank's own error; on the others a TiltflowError if the failing rank has one, which is
+                the user's to mend, or else a RuntimeError, that tells which rank failed and why.
         """
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        told = None if error is None else (isinstance(error, TiltflowError), f"{type(error).__name__}: {error}")
+        answers = self.gather(told)
         if error is not None:
             raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise RuntimeError(f"rank {rank} failed: {message}")
+        for rank, answer in enumerate(answers):
+            if answer is not None:
+                users, message = answer
+                raise (TiltflowError if users else RuntimeError)(f"rank {rank} failed: {message}")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -100,6 +103,7 @@ def check_divisible(name: str, value: int, divisor: int, *, why: str) -> None:
     """
     if value > 0 and value % divisor == 0:
         return
-    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    below = max(0, value // divisor * divisor)
+    above = below + divisor
     legal = f"{below} or {above}" if below > 0 else f"{above} or {above + divisor}"
     raise GeometryError(f"{name}={value} must be a positive multiple of {divisor} ({why}); nearest legal: {legal}")

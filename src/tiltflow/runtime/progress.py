@@ -59,6 +59,11 @@ class ProgressBar:
             )
             self._task = self._progress.add_task(title, total=total, completed=start, numbers="", stage="")
 
+    def begin(self) -> None:
+        """Start the clock of the first epoch; what came before it (loading, an evaluation) tells nothing about it."""
+        self._ends.clear()
+        self._ends.append(self._clock())
+
     def advance(self, *, reward: float | None = None, rate: float | None = None) -> None:
         """Count one finished epoch.
 
@@ -90,7 +95,7 @@ class ProgressBar:
         return max(0.0, per_epoch * (self.total - self.done) - (self._clock() - self._ends[-1]))
 
     def __enter__(self) -> "ProgressBar":
-        self._ends.append(self._clock())
+        self.begin()
         if self._progress is not None:
             self._progress.start()
         return self

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from tiltflow.errors import CheckpointError, ConfigError, DataError
-from tiltflow.runtime.files import write_atomically
+from tiltflow.runtime.files import make_folder, write_atomically
 from tiltflow.runtime.progress import ProgressBar
 from tiltflow.types import Config
 
@@ -66,7 +66,7 @@ class Tracker(Protocol):
 class JsonlTracker:
     """One JSON object a line: `step`, `time` (seconds since 1970) and the metrics; NaN and infinities become null.
 
-    Images become PNG files in `images/<name>/` beside the file, the caption inside as the PNG text "caption".
+    Images are no metrics: a run keeps them in its `evaluations/` folder already.
 
     Args:
         path: The file, such as `outputs/run/metrics.jsonl`.
@@ -80,15 +80,17 @@ class JsonlTracker:
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if resume_step is None:
+        make_folder(path.parent)
+        try:
+            if path.exists() and resume_step is None:
                 os.replace(path, path.with_name(f"{path.name}.old"))
-            else:
+            elif path.exists():
                 rows = [row for row in read_jsonl(path) if row["step"] < resume_step]
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        # Unbuffered: a row that did not fit on the disk must not come back at close.
-        self._file = path.open("ab", buffering=0)
+            # Unbuffered: a row that did not fit on the disk must not come back at close.
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Append one row; it is out of the process when this returns."""
@@ -107,15 +109,7 @@ class JsonlTracker:
             raise CheckpointError(f"cannot write {self.path}: {reason}; free some space, then resume the run")
 
     def log_images(self, name: str, images: Sequence[Image.Image], captions: Sequence[str], *, step: int) -> None:
-        """Write the images as `images/<name>/step_000012_00.png` and so on."""
-        from PIL.PngImagePlugin import PngInfo
-
-        folder = self.path.parent / "images" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            text = PngInfo()
-            text.add_itxt("caption", caption)
-            image.save(folder / f"step_{step:06d}_{index:02d}.png", pnginfo=text)
+        """Leave them where they are."""
 
     def close(self) -> None:
         """Close the file."""
@@ -331,7 +325,7 @@ def build_trackers(
         if config.tensorboard:
             add(TensorBoardTracker(directory, run_config=run_config, resume_step=resume_step))
         if config.wandb_project is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
             add(
                 WandbTracker(
                     directory,

@@ -9,6 +9,8 @@ with the caption c replaced by the empty one now and then, so that classifier-fr
 
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,14 +23,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tiltflow.errors import ConfigError
 from tiltflow.flow.paths import interpolate, logit_normal_times
 from tiltflow.policies.model_card import machine, model_card
 from tiltflow.policies.sd3 import load_pipeline
 from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compact, text_embeddings
 from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
+from tiltflow.runtime.files import make_folder, write_atomically
 from tiltflow.runtime.randomness import generator
 from tiltflow.types import Beta, Config
 
+CONFIG_FILE = "pretrain.json"
 PHASES_FILE = "training.json"
 
 Log = Callable[[str, int, float], None]
@@ -91,6 +96,10 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
 
     Returns:
         The folder of the finished checkpoint, which the stock pipeline's `from_pretrained` loads.
+
+    Raises:
+        ConfigError: The source or `init_from` cannot be read, or `output_dir` holds a run of another config.
+        CheckpointError: The system refuses to write.
     """
     run_dir = Path(config.output_dir)
     source = _source(config.source)
@@ -99,18 +108,50 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
         pipe: Any = build_tiny_sd3(config.model, source.captions, seed=config.seed)
     else:
         pipe = load_pipeline(config.init_from)
-        phases = json.loads((Path(config.init_from) / PHASES_FILE).read_text())
+        phases = _phases(Path(config.init_from) / PHASES_FILE)
+    _claim(run_dir, config)
     images, captions = source.draw(config.pool_size, seed=config.seed)
     latents, made = _prepare(pipe, images, config, store=CheckpointStore(run_dir / "autoencoder", keep=1), log=log)
     loss, seconds = train_transformer(
         pipe, latents, captions, config, store=CheckpointStore(run_dir / "transformer", keep=1), log=log
     )
     phases.append({**made, "loss": loss, "seconds": seconds, **machine(), "config": config.model_dump(mode="json")})
-    final = run_dir / "model"
-    save_compact(pipe, final)
-    (final / PHASES_FILE).write_text(json.dumps(phases, indent=1))
-    (final / "README.md").write_text(model_card(pipe, phases))
+    final, temporary = run_dir / "model", run_dir / ".model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_compact(pipe, temporary)
+    (temporary / PHASES_FILE).write_text(json.dumps(phases, indent=1))
+    (temporary / "README.md").write_text(model_card(pipe, phases))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
     return final
+
+
+def _claim(run_dir: Path, config: PretrainConfig) -> None:
+    """Write the config into the run's folder, or compare it with the one that is there."""
+    path = run_dir / CONFIG_FILE
+    now = config.model_dump(mode="json")
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in now if key != "save_every" and before.get(key) != now[key])
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{run_dir} holds another pretraining run ({key}: {before.get(key)!r} -> {now[key]!r}); choose another "
+                "output_dir, or keep the value to go on with it"
+            )
+    make_folder(run_dir)
+    write_atomically(path, json.dumps(now, indent=1))
+
+
+def _phases(path: Path) -> list[dict[str, Any]]:
+    """Return how a checkpoint was made so far."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"init_from={str(path.parent)!r}: {path.name} cannot be read ({error}); give the model folder of an "
+            "earlier pretraining"
+        ) from error
 
 
 def _prepare(
@@ -305,4 +346,9 @@ def _load_training(
 
 def _source(path: str) -> CaptionedImages:
     module, _, name = path.partition(":")
-    return vars(import_module(module))[name]()
+    try:
+        return vars(import_module(module))[name]()
+    except (ImportError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"source={path!r} cannot be made: {type(error).__name__}: {error}; write package.module:Class"
+        ) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 from tiltflow.flow.sampling import sample
 from tiltflow.policies.base import Policy
 from tiltflow.runtime.randomness import generator
-from tiltflow.types import Conditioning, Config, Prompt, SampleBatch
+from tiltflow.types import Config, Prompt, SampleBatch
 
 
 class SamplerConfig(Config):
@@ -51,7 +51,7 @@ def rollout(
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     noise = torch.cat([group_noise(policy.latent_shape, group_size, seed=(*seed, group)) for group in groups])
     sigmas = policy.sigmas(sampler.num_steps)
-    latents, images, conditionings = list[Tensor](), list[Tensor](), list[Conditioning]()
+    latents, images = list[Tensor](), list[Tensor]()
     for start in range(0, len(repeated), sampler.batch_size):
         part = slice(start, start + sampler.batch_size)
         conditioning = policy.conditioning([prompt.text for prompt in repeated[part]])
@@ -66,14 +66,12 @@ def rollout(
         )
         latents.append(trajectory.latents)
         images.append(policy.decode(trajectory.latents).cpu())
-        conditionings.append(conditioning)
         progress(min(start + sampler.batch_size, len(repeated)), len(repeated))
     return SampleBatch(
         prompts=repeated,
         groups=torch.tensor(groups, dtype=torch.long).repeat_interleave(group_size),
         latents=torch.cat(latents),
         images=torch.cat(images),
-        conditioning=Conditioning.cat(conditionings),
     )
 
 

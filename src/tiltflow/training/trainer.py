@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tiltflow.algorithms.base import Algorithm, Velocities
@@ -44,6 +44,15 @@ class TrainConfig(Config):
     advantage_std: Literal["global", "group"] = "global"
     max_failure_fraction: float = Field(default=0.5, ge=0, le=1)
     save_every: int = Field(default=1, ge=1)  # epochs
+    evaluate_every: int | None = Field(default=None, ge=1)  # epochs; None: only before and after
+
+    @model_validator(mode="after")
+    def _aggregation_has_its_std(self) -> "TrainConfig":
+        if self.advantage_aggregation == "gdpo" and self.advantage_std == "group":
+            raise ValueError(
+                "advantage_aggregation=gdpo normalises each reward by its group already; leave advantage_std=global"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,8 @@ class Trainer:
         )
         kept = valid.nonzero().flatten()
         rows = kept.to(samples.latents.device)
-        scored = ScoredBatch(samples.latents[rows], samples.conditioning[rows], advantages[kept], samples.groups[kept])
+        prompts = [samples.prompts[row] for row in kept.tolist()]
+        scored = ScoredBatch(prompts, samples.latents[rows], advantages[kept], samples.groups[kept])
         return scored, _reward_metrics(table, self.distributed)
 
     def _update(self, scored: ScoredBatch, epoch: int) -> dict[str, float]:
@@ -209,7 +219,7 @@ class Trainer:
             noised = self.algorithm.noise(
                 scored.latents[rows.to(scored.latents.device)],
                 scored.advantages[rows],
-                scored.conditioning[rows.to(scored.latents.device)],
+                self.policy.conditioning([scored.prompts[int(rows[0])].text]),
                 sigmas=sigmas,
                 generator=generator(self.seed, "update", epoch, group),
             )

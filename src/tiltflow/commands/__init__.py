@@ -1,0 +1,17 @@
+"""What each command does: builds the parts that a config names and puts them to work."""
+
+from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, build_trainer
+from tiltflow.commands.evaluate import run_evaluation
+from tiltflow.commands.pretrain import run_pretraining
+from tiltflow.commands.sample import run_sampling
+from tiltflow.commands.train import run_training
+
+__all__ = [
+    "EMBEDDED_MODELS",
+    "build_policy",
+    "build_trainer",
+    "run_evaluation",
+    "run_pretraining",
+    "run_sampling",
+    "run_training",
+]

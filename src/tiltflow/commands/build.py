@@ -1,0 +1,94 @@
+"""From a config to the objects that it names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.algorithms import ALGORITHMS
+from tiltflow.config import RunConfig, read_yaml, run_config
+from tiltflow.data import PromptStream, load_prompts
+from tiltflow.errors import CheckpointError, ConfigError
+from tiltflow.policies.sd3 import SD3Config, SD3Policy
+from tiltflow.rewards import RewardEngine, build_reward_model, check_metadata
+from tiltflow.runtime.checkpoint import verify_checkpoint
+from tiltflow.runtime.distributed import Distributed
+from tiltflow.training.trainer import Trainer, check_geometry
+
+CONFIG_FILE = "config.yaml"  # beside the checkpoints of a run
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that comes with the package, and what commands need to know that have no config."""
+
+    folder: Path
+    policy: Mapping[str, Any]  # keys of `policy:` that fit it
+    rewards: tuple[Mapping[str, Any], ...]  # entries of `rewards:` that fit its world
+
+
+EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
+    "tiny_sd3": EmbeddedModel(
+        folder=Path(__file__).parents[1] / "demo" / "tiny_sd3",
+        policy={"max_sequence_length": 1},
+        rewards=({"reward_model": "Geneval", "detector": "shapes"},),
+    ),
+}
+
+
+def build_trainer(config: RunConfig, distributed: Distributed) -> Trainer:
+    """Build everything that a run needs, the policy last, so that mistakes show before it is loaded.
+
+    Touches no output.
+    """
+    check_geometry(config.train, distributed.world_size)
+    prompts = load_prompts(config.data.prompts, split="train", blocklist=config.data.blocklist)
+    stream = PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares)
+    check_metadata(config.rewards, prompts, source=config.data.prompts)
+    algorithm, _ = ALGORITHMS[config.train.trainer_type]
+    engine = RewardEngine(
+        config.rewards, factory=lambda arguments: build_reward_model(arguments, distributed.accelerator)
+    )
+    return Trainer(
+        build_policy(config.policy, device=distributed.device, seed=config.seed),
+        algorithm(config.algorithm),
+        engine,
+        stream,
+        config=config.train,
+        sampler=config.sampler,
+        seed=config.seed,
+        distributed=distributed,
+    )
+
+
+def build_policy(config: SD3Config, *, device: torch.device, seed: int) -> SD3Policy:
+    """Build the policy, its model looked up among the embedded ones first."""
+    embedded = EMBEDDED_MODELS.get(config.model_name)
+    if embedded is not None:
+        config = config.model_copy(update={"model_name": str(embedded.folder)})
+    return SD3Policy(config, device=device, seed=seed)
+
+
+def find_policy(checkpoint: Path | None, model_name: str | None) -> tuple[dict[str, Any], RunConfig | None]:
+    """Return the values of `policy:` for a checkpoint or a bare model, and the config that made the checkpoint.
+
+    Raises:
+        ConfigError: Neither or both are given.
+        CheckpointError: The checkpoint is damaged or none at all, or its config is not beside it.
+    """
+    if checkpoint is not None and model_name is not None:
+        raise ConfigError("give --checkpoint or --model_name, not both: a checkpoint knows its model")
+    if model_name is not None:
+        embedded = EMBEDDED_MODELS.get(model_name)
+        return {"model_name": model_name, **(embedded.policy if embedded else {})}, None
+    if checkpoint is None:
+        raise ConfigError("give --checkpoint outputs/<run>/latest or --model_name")
+    verify_checkpoint(checkpoint)
+    path = checkpoint.parent / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint}: the config that made it is not beside it; expected {path}")
+    # What the run was trained on need not be importable to look at its images.
+    found = run_config(read_yaml(path), source=str(path), check_rewards=False)
+    return found.policy.model_dump(mode="json"), found

@@ -1,0 +1,97 @@
+"""`tiltflow evaluate`: a checkpoint or a model, its prompts and rewards, and a result file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, find_policy
+from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
+from tiltflow.data import load_prompts
+from tiltflow.errors import ConfigError
+from tiltflow.evaluation import EvaluationResult, evaluate
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_metadata
+from tiltflow.runtime.distributed import Distributed
+from tiltflow.training.trainer import load_weights
+
+
+def run_evaluation(
+    *,
+    checkpoint: Path | None,
+    model_name: str | None,
+    prompts: str | None,
+    rewards: str | None,
+    overrides: Sequence[tuple[str, str]],
+    output_dir: Path | None,
+) -> EvaluationResult:
+    """Evaluate a checkpoint, or a model without one, and write its results as JSON.
+
+    Args:
+        checkpoint: A folder such as `outputs/<run>/latest`; the run's config is found beside it.
+        model_name: A pretrained model instead.
+        prompts: A named set or a file; None takes the run's evaluation prompts.
+        rewards: YAML; None takes the run's `eval_rewards`, or else its `rewards`.
+        overrides: Keys of `policy` and `evaluation`.
+        output_dir: Where the results go; None: `evaluations/` beside the checkpoint, or `outputs/evaluations`.
+
+    Raises:
+        ConfigError: An argument is missing, unknown or wrong.
+        CheckpointError: The checkpoint is damaged or none at all.
+    """
+    policy_values, found = find_policy(checkpoint, model_name)
+    values = {"policy": policy_values, "evaluation": found.evaluation.model_dump() if found else {}}
+    config: EvaluateConfig = configure(EvaluateConfig, values, overrides, source="evaluate")
+    source = prompts or (found.data.eval_prompts if found else None)
+    if source is None:
+        raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
+    lines = load_prompts(source, split="test", blocklist=found.data.blocklist if found else ())
+    arguments = _rewards(rewards, found, config.policy.model_name)
+    check_metadata(arguments, lines, source=source)
+    distributed = Distributed()
+    try:
+        engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, distributed.accelerator))
+        policy = build_policy(config.policy, device=distributed.device, seed=found.seed if found else 0)
+        if checkpoint is not None:
+            load_weights(policy, checkpoint)
+        directory = output_dir or (checkpoint.parent / "evaluations" if checkpoint else Path("outputs", "evaluations"))
+        with torch.no_grad(), policy.weights.using("ema"):
+            result = evaluate(
+                policy,
+                engine,
+                lines,
+                config=config.evaluation,
+                name=checkpoint.resolve().name if checkpoint else "pretrained",
+                image_dir=directory,
+                distributed=distributed,
+            )
+        result = replace(result, settings={**result.settings, **_described(config, source, arguments)})
+        if distributed.is_main:
+            result.save(directory)
+    finally:
+        distributed.close()
+    return result
+
+
+def _described(config: EvaluateConfig, source: str, rewards: Sequence[RewardArguments]) -> dict[str, Any]:
+    return {
+        "prompt_source": source,
+        "policy": config.policy.model_dump(mode="json"),
+        "rewards": [entry.model_dump(mode="json") for entry in rewards],
+    }
+
+
+def _rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:
+    """Return the rewards to measure with; a bare name stands for the run's, or the embedded world's, own entry."""
+    known: Sequence[Mapping[str, Any]] = ()
+    if found is not None:
+        known = [entry.model_dump() for entry in (*found.eval_rewards, *found.rewards)]
+    elif model_name in EMBEDDED_MODELS:
+        known = normalise_rewards(EMBEDDED_MODELS[model_name].rewards)
+    if text is not None:
+        entries = override_rewards("rewards", text, known)
+        return [validate(RewardArguments, entry, source="--rewards") for entry in entries]
+    if found is None:
+        raise ConfigError("evaluate --model_name needs --rewards, for example --rewards '[Geneval]'")
+    return found.eval_rewards or found.rewards
