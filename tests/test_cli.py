@@ -133,6 +133,12 @@ def test_missing_config(failing: Failing) -> None:
     assert "did you mean 'shapes_ram'" in failing("train", "shape_ram")
 
 
+def test_a_config_of_the_other_command(failing: Failing) -> None:
+    assert failing("train", "tiny_sd3").endswith("is a pretraining config; use it with: tiltflow pretrain tiny_sd3")
+    wrong = failing("pretrain", "shapes_ram")
+    assert wrong.endswith("is the config of a training run; use it with: tiltflow train shapes_ram")
+
+
 def test_malformed_config(failing: Failing, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("train: {lr: [}\n")

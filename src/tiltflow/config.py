@@ -85,6 +85,8 @@ def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> R
     """
     path = find_config(source)
     own = read_yaml(path)
+    if "policy" not in own and set(own) <= set(PretrainConfig.model_fields):
+        raise ConfigError(f"{path} is a pretraining config; use it with: tiltflow pretrain {source}")
     values = override(own, overrides, RunConfig)
     known = [entry for key in REWARD_KEYS for entry in normalise_rewards(own.get(key) or (), key=key)]
     for key, text in overrides:
@@ -103,7 +105,10 @@ def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ())
         ConfigError: As `load_run_config`.
     """
     path = find_config(source)
-    return validate(PretrainConfig, override(read_yaml(path), overrides, PretrainConfig), source=str(path))
+    own = read_yaml(path)
+    if "policy" in own:
+        raise ConfigError(f"{path} is the config of a training run; use it with: tiltflow train {source}")
+    return configure(PretrainConfig, own, overrides, source=str(path))
 
 
 def configure(

@@ -1,6 +1,6 @@
 """From a config to the objects that it names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tiltflow.config import RunConfig, read_yaml, run_config
 from tiltflow.data import PromptStream, load_prompts
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
-from tiltflow.rewards import RewardEngine, build_reward_model, check_metadata
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_metadata
 from tiltflow.runtime.checkpoint import verify_checkpoint
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import Trainer, check_geometry
@@ -69,6 +69,15 @@ def build_policy(config: SD3Config, *, device: torch.device, seed: int) -> SD3Po
     if embedded is not None:
         config = config.model_copy(update={"model_name": str(embedded.folder)})
     return SD3Policy(config, device=device, seed=seed)
+
+
+def described(policy: SD3Config, prompts: str, rewards: Sequence[RewardArguments]) -> dict[str, Any]:
+    """Return what was measured with what, as the settings of an evaluation result."""
+    return {
+        "policy": policy.model_dump(mode="json"),
+        "prompt_source": prompts,
+        "rewards": [entry.model_dump(mode="json") for entry in rewards],
+    }
 
 
 def find_policy(checkpoint: Path | None, model_name: str | None) -> tuple[dict[str, Any], RunConfig | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, find_policy
+from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy
 from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
@@ -66,20 +66,12 @@ def run_evaluation(
                 image_dir=directory,
                 distributed=distributed,
             )
-        result = replace(result, settings={**result.settings, **_described(config, source, arguments)})
+        result = replace(result, settings={**result.settings, **described(config.policy, source, arguments)})
         if distributed.is_main:
             result.save(directory)
     finally:
         distributed.close()
     return result
-
-
-def _described(config: EvaluateConfig, source: str, rewards: Sequence[RewardArguments]) -> dict[str, Any]:
-    return {
-        "prompt_source": source,
-        "policy": config.policy.model_dump(mode="json"),
-        "rewards": [entry.model_dump(mode="json") for entry in rewards],
-    }
 
 
 def _rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tiltflow.algorithms import Snapshot
-from tiltflow.commands.build import CONFIG_FILE, build_trainer
+from tiltflow.commands.build import CONFIG_FILE, build_trainer, described
 from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
@@ -191,7 +191,7 @@ class Evaluator:
         """
         self._trainer = trainer
         self._prompts = prompts
-        self._config = config.evaluation
+        self._run = config
         self._directory = directory
         self._trackers = trackers
         self._log_known = log_known
@@ -219,7 +219,7 @@ class Evaluator:
                 policy,
                 self._engine,
                 self._prompts,
-                config=self._config,
+                config=self._run.evaluation,
                 name=name,
                 image_dir=self._directory,
                 distributed=self._distributed,
@@ -240,11 +240,8 @@ class Evaluator:
         self._trackers.log_images(f"eval/{result.name}", images, [prompt for _, prompt in here], step=epoch)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
-        return {
-            **self._config.model_dump(mode="json"),
-            "rewards": [reward.model_dump(mode="json") for reward in self._engine.rewards],
-            "epoch": epoch,
-        }
+        measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)
+        return {**self._run.evaluation.model_dump(mode="json"), **measured, "epoch": epoch}
 
     def _known(self, name: str, epoch: int) -> EvaluationResult | None:
         path = self._directory / f"{name}.json"
