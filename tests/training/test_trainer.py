@@ -68,7 +68,7 @@ def test_masked_samples_leave_the_update_and_are_counted():
 def test_a_masked_sample_changes_nothing_for_the_others():
     """The update with some samples masked equals the update on the others alone, as far as the loss sees it."""
     trainer = toy_trainer("tests.rewards_for_tests.NaNForFirst", on_error="mask")
-    samples = trainer._rollout(1, lambda stage: None)
+    samples = trainer._rollout(1, lambda stage: None, lambda batch: None)
     table = trainer.engine.score(samples)
     scored, _ = trainer._advantages(samples, table)
     valid = ~table.scores[:, 0].isnan()

@@ -28,7 +28,10 @@ class RewardArguments(Config):
     batch_size: int = Field(default=16, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
-    on_error: Literal["raise", "mask"] = "raise"
+    on_error: Literal["raise", "mask"] | None = None  # None: raise for local rewards, mask for remote ones
+    async_reward: bool = False  # score in worker threads while sampling goes on
+    num_workers: int = Field(default=1, ge=1)  # of this reward alone; only when async
+    timeout: float | None = Field(default=None, gt=0)  # seconds that one call may take; only when async or remote
     options: Mapping[str, Any] = Field(default_factory=dict[str, Any])
 
 
@@ -48,6 +51,7 @@ class RewardModel(ABC):
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
     use_tensor_inputs: ClassVar[bool] = False
+    remote: ClassVar[bool] = False  # asks another process or machine, which may be out of reach
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
 
     def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):
@@ -78,7 +82,9 @@ class RewardModel(ABC):
     ) -> RewardModelOutput:
         """Score samples; receives the fields of `required_fields` by keyword and no others.
 
-        Media are lists of PIL images, or of float tensors `[C, H, W]` in [0, 1] when `use_tensor_inputs` is set. A
+        Every field has one entry per sample. Media are PIL images (a video is a list of them, conditions are lists of
+        either), or with `use_tensor_inputs` float tensors in [0, 1]: image `[C, H, W]`, video `[T, C, H, W]`,
+        condition_images `[N, C, H, W]` and condition_videos `[N, T, C, H, W]`, or lists of N where sizes differ. A
         reward that requires `metadata` takes it as one more keyword, a list of the prompts' metadata.
         """
 

@@ -1,26 +1,37 @@
-"""Runs every configured reward over a batch of samples: batching, shared instances, and failures as values."""
+"""Runs every configured reward over samples: synchronous ones at the end, asynchronous ones while samples come in.
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+    with engine.begin(group_size=24) as scoring:
+        for batch in sampling:          # async pointwise rewards start when their batch is full,
+            scoring.add(...)            # async groupwise ones when their group is complete
+        table = scoring.finish()        # sync rewards run now, then the async answers are collected
+
+Equal configurations share one model and one pass over the samples; media are converted once per sample.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tiltflow.errors import RewardError
-from tiltflow.rewards.base import GroupwiseRewardModel, RewardArguments, RewardModel, RewardModelOutput
+from tiltflow.rewards.base import RewardArguments, RewardModel
+from tiltflow.rewards.media import Conditions, Media
+from tiltflow.rewards.passes import Outcome, Pass
 from tiltflow.rewards.registry import build_reward_model, identity
-from tiltflow.types import RewardFailure, RewardTable, SampleBatch
+from tiltflow.types import Prompt, RewardFailure, RewardTable, SampleBatch
 
 Factory = Callable[[RewardArguments], RewardModel]
 
 
 class RewardEngine:
-    """Scores samples with several rewards; equal configurations share one model and one pass over the samples."""
+    """Scores samples with several rewards."""
 
     def __init__(self, rewards: Sequence[RewardArguments], *, factory: Factory = build_reward_model):
         """Build every distinct reward once.
+
+        Entries that differ only in name, weight, batch size, failure policy or lanes share one model and one pass; the
+        pass takes the largest batch size and number of workers, and is asynchronous if one of them is.
 
         Args:
             rewards: One entry per column of the table.
@@ -36,13 +47,28 @@ class RewardEngine:
         self.rewards = tuple(rewards)
         self.names = tuple(names)
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
-        self._models: dict[str, RewardModel] = {}
-        for reward in rewards:
-            if identity(reward) not in self._models:
-                self._models[identity(reward)] = factory(reward)
+        self.models: dict[str, RewardModel] = {}
+        for key, entries in self.shared().items():
+            self.models[key] = factory(entries[0])
+
+    def shared(self) -> dict[str, list[RewardArguments]]:
+        """Return the entries of each distinct reward."""
+        groups: dict[str, list[RewardArguments]] = {}
+        for reward in self.rewards:
+            groups.setdefault(identity(reward), []).append(reward)
+        return groups
+
+    def begin(self, *, group_size: int | None = None) -> "Scoring":
+        """Start scoring samples that come in little by little.
+
+        Args:
+            group_size: Samples per group, so that an async groupwise reward knows when one is complete; None waits
+                for the end.
+        """
+        return Scoring(self, group_size=group_size)
 
     def score(self, samples: SampleBatch) -> RewardTable:
-        """Score samples with every reward.
+        """Score samples that are all there.
 
         Args:
             samples: B samples of whole groups.
@@ -53,108 +79,107 @@ class RewardEngine:
         Raises:
             RewardError: A reward with `on_error: raise` failed; names the reward, the samples and the cause.
         """
-        media = _Media(samples)
-        outcomes = {key: _run(model, media, samples) for key, model in self._models.items()}
-        columns, failures, extra = [], [], {}
-        for reward in self.rewards:
-            scores, problems, info = outcomes[identity(reward)]
-            named = [RewardFailure(reward.name, p.samples, p.kind, p.message) for p in problems]
-            if named and reward.on_error == "raise":
-                raise RewardError(_explain(named[0], samples, total=len(named)))
-            columns.append(scores)
-            failures += named
-            if info:
-                extra[reward.name] = info
-        return RewardTable(self.names, torch.stack(columns, dim=1), tuple(failures), extra)
+        with self.begin() as scoring:
+            scoring.add_batch(samples)
+            return scoring.finish()
 
 
-class _Media:
-    """The samples in the forms that rewards ask for, each converted once."""
+class Scoring:
+    """One table in the making; leaving its `with` block ends its worker threads."""
 
-    def __init__(self, samples: SampleBatch):
-        self._samples = samples
-        self._pil: list[Image.Image] | None = None
-
-    def fields(self, model: RewardModel, rows: Sequence[int]) -> dict[str, Any]:
-        """Return the required fields of some samples as keyword arguments."""
-        available: dict[str, Callable[[], list[Any]]] = {
-            "prompt": lambda: [self._samples.prompts[row].text for row in rows],
-            "image": lambda: self._images(rows, tensors=model.use_tensor_inputs),
-            "metadata": lambda: [dict(self._samples.prompts[row].metadata) for row in rows],
+    def __init__(self, engine: RewardEngine, *, group_size: int | None):
+        """Start the lanes of the asynchronous rewards."""
+        self._engine = engine
+        self._media = Media()
+        self._passes = {
+            key: Pass(engine.models[key], entries, self._media, group_size=group_size)
+            for key, entries in engine.shared().items()
         }
-        return {name: available[name]() for name in model.required_fields}
 
-    def _images(self, rows: Sequence[int], *, tensors: bool) -> list[Any]:
-        if tensors:
-            return [self._samples.images[row] for row in rows]
-        if self._pil is None:
-            pixels = (self._samples.images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-            self._pil = [Image.fromarray(image.numpy()) for image in pixels]
-        return [self._pil[row] for row in rows]
+    def add_batch(self, samples: SampleBatch) -> None:
+        """Submit samples as the policies make them."""
+        self.add(samples.prompts, samples.groups.tolist(), images=samples.images)
 
+    def add(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[int],
+        *,
+        images: Sequence[Tensor] | Tensor | None = None,
+        videos: Sequence[Tensor] | Tensor | None = None,
+        condition_images: Conditions | None = None,
+        condition_videos: Conditions | None = None,
+    ) -> None:
+        """Submit samples; asynchronous rewards begin with those that are ready.
 
-Outcome = tuple[Tensor, list[RewardFailure], Mapping[str, Sequence[Any]]]
+        Args:
+            prompts: B prompts with their metadata.
+            groups: B ids; samples of one id are compared with each other.
+            images: B tensors `[3, H, W]` in [0, 1].
+            videos: B tensors `[T, 3, H, W]` in [0, 1].
+            condition_images: B lists of `[3, H, W]`.
+            condition_videos: B lists of `[T, 3, H, W]`.
 
+        Raises:
+            RewardError: A reward requires a field that is not given.
+            ValueError: A field has not B entries.
+        """
+        rows = self._media.add(
+            prompts,
+            groups,
+            images=images,
+            videos=videos,
+            condition_images=condition_images,
+            condition_videos=condition_videos,
+        )
+        for each in self._passes.values():
+            self._media.check(each.names[0], each.model)
+        for each in self._passes.values():
+            each.feed(rows)
 
-class _WrongLength(RewardError):
-    """A reward returned too few or too many values."""
+    def finish(self) -> RewardTable:
+        """Run the synchronous rewards, collect the asynchronous answers and merge them by sample.
 
+        Returns:
+            Scores `[B, R]`, rows in the order of submission.
 
-def _run(model: RewardModel, media: _Media, samples: SampleBatch) -> Outcome:
-    """Call one reward batch by batch (or group by group); what fails becomes NaN and a record."""
-    scores = torch.full((len(samples),), float("nan"))
-    failures: list[RewardFailure] = []
-    extra: dict[str, list[Any]] = {}
-    for rows in _batches(model, samples):
-        try:
-            values, info = _read(model(**media.fields(model, rows)), len(rows))
-        except Exception as error:  # any user code may fail in any way: the failure is recorded with its samples
-            kind = "length" if isinstance(error, _WrongLength) else type(error).__name__
-            failures.append(RewardFailure(model.config.name, tuple(rows), kind, str(error)))
-            continue
-        finite = values.isfinite()
-        bad = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
-        if bad:
-            failures.append(RewardFailure(model.config.name, tuple(bad), "not finite", "the reward is NaN or infinite"))
-        scores[rows] = values.masked_fill(~finite, math.nan)
-        for key, column in info.items():
-            cells = extra.setdefault(key, [None] * len(samples))
-            for row, cell in zip(rows, column, strict=True):
-                cells[row] = cell
-    return scores, failures, extra
+        Raises:
+            RewardError: A reward whose `on_error` is `raise` failed; names the reward, the samples and the cause.
+        """
+        passes = list(self._passes.values())
+        for each in passes:
+            each.flush()
+        for each in passes:
+            each.run_here()
+        outcomes = {key: each.collect() for key, each in self._passes.items()}
+        return self._merge(outcomes)
 
+    def _merge(self, outcomes: dict[str, Outcome]) -> RewardTable:
+        columns, failures, extra = [], [], {}
+        for reward in self._engine.rewards:
+            outcome = outcomes[identity(reward)]
+            remote = self._engine.models[identity(reward)].remote
+            named = [RewardFailure(reward.name, p.samples, p.kind, p.message) for p in outcome.failures]
+            if named and (reward.on_error or ("mask" if remote else "raise")) == "raise":
+                raise RewardError(self._explain(named))
+            columns.append(outcome.scores)
+            failures += named
+            if outcome.extra_info:
+                extra[reward.name] = outcome.extra_info
+        return RewardTable(self._engine.names, torch.stack(columns, dim=1), tuple(failures), extra)
 
-def _batches(model: RewardModel, samples: SampleBatch) -> list[list[int]]:
-    """Split rows into whole groups for groupwise rewards, into batches for the others."""
-    if isinstance(model, GroupwiseRewardModel):
-        return [(samples.groups == group).nonzero().flatten().tolist() for group in samples.groups.unique()]
-    size = model.config.batch_size
-    rows = list(range(len(samples)))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _explain(self, failures: Sequence[RewardFailure]) -> str:
+        first = failures[0]
+        more = f" ({len(failures) - 1} more failures)" if len(failures) > 1 else ""
+        return (
+            f"reward {first.reward!r} failed on {len(first.samples)} samples, the first of prompt "
+            f"{self._media.prompts[first.samples[0]].text!r}: {first.kind}: {first.message}{more}; "
+            "set on_error: mask for this reward to leave such samples out instead"
+        )
 
+    def __enter__(self) -> "Scoring":
+        return self
 
-def _read(output: RewardModelOutput, expected: int) -> tuple[Tensor, Mapping[str, Sequence[Any]]]:
-    """Return rewards, float32 `[expected]`, and extra info after checking their form."""
-    if not isinstance(output, RewardModelOutput):
-        raise TypeError(f"returned {type(output).__name__}; return RewardModelOutput(rewards=...)")
-    rewards = output.rewards
-    if not isinstance(rewards, Tensor):
-        rewards = torch.tensor([float(reward) for reward in rewards], dtype=torch.float64)
-    values = rewards.detach().to("cpu", torch.float32).flatten()
-    if len(values) != expected:
-        raise _WrongLength(f"returned {len(values)} rewards for {expected} samples")
-    info = output.extra_info or {}  # None, as some reward code has it, means nothing
-    for key, column in info.items():
-        if len(column) != expected:
-            raise _WrongLength(f"extra_info[{key!r}] has {len(column)} values for {expected} samples")
-    return values, info
-
-
-def _explain(failure: RewardFailure, samples: SampleBatch, *, total: int) -> str:
-    first = failure.samples[0]
-    more = f" ({total - 1} more failures)" if total > 1 else ""
-    return (
-        f"reward {failure.reward!r} failed on {len(failure.samples)} samples, the first of prompt "
-        f"{samples.prompts[first].text!r}: {failure.kind}: {failure.message}{more}; "
-        "set on_error: mask for this reward to leave such samples out instead"
-    )
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for each in self._passes.values():
+            each.close()

@@ -161,9 +161,13 @@ def build_reward(
     return build_reward_model(arguments)
 
 
+# What entries may differ in and still share one model and one pass.
+_NOT_IDENTITY = {"name", "weight", "batch_size", "on_error", "async_reward", "num_workers", "timeout"}
+
+
 def identity(arguments: RewardArguments) -> str:
     """Return a key that is equal for entries which one model and one pass can serve."""
-    same = arguments.model_dump(exclude={"name", "weight", "batch_size", "on_error"})
+    same = arguments.model_dump(exclude=_NOT_IDENTITY)
     return json.dumps(same, sort_keys=True, default=str)
 
 

@@ -30,6 +30,7 @@ def rollout(
     sampler: SamplerConfig,
     seed: tuple[int | str, ...],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    submit: Callable[[SampleBatch], None] = lambda batch: None,
 ) -> SampleBatch:
     """Generate `group_size` samples per prompt with the weights in use.
 
@@ -44,14 +45,16 @@ def rollout(
         sampler: Steps, guidance and batch size.
         seed: (seed, *purpose); the group's id is added.
         progress: Told (samples done, samples in total) after every batch.
+        submit: Given every batch as soon as it is decoded.
 
     Returns:
         G * group_size samples, group after group.
     """
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     noise = torch.cat([group_noise(policy.latent_shape, group_size, seed=(*seed, group)) for group in groups])
+    ids = torch.tensor(groups, dtype=torch.long).repeat_interleave(group_size)
     sigmas = policy.sigmas(sampler.num_steps)
-    latents, images = list[Tensor](), list[Tensor]()
+    parts: list[SampleBatch] = []
     for start in range(0, len(repeated), sampler.batch_size):
         part = slice(start, start + sampler.batch_size)
         conditioning = policy.conditioning([prompt.text for prompt in repeated[part]])
@@ -64,14 +67,15 @@ def rollout(
             negative=policy.negative(len(conditioning)) if guided else None,
             guidance_scale=sampler.guidance_scale,
         )
-        latents.append(trajectory.latents)
-        images.append(policy.decode(trajectory.latents).cpu())
+        images = policy.decode(trajectory.latents).cpu()
+        parts.append(SampleBatch(repeated[part], ids[part], trajectory.latents, images))
+        submit(parts[-1])
         progress(min(start + sampler.batch_size, len(repeated)), len(repeated))
     return SampleBatch(
         prompts=repeated,
-        groups=torch.tensor(groups, dtype=torch.long).repeat_interleave(group_size),
-        latents=torch.cat(latents),
-        images=torch.cat(images),
+        groups=ids,
+        latents=torch.cat([batch.latents for batch in parts]),
+        images=torch.cat([batch.images for batch in parts]),
     )
 
 

@@ -1,5 +1,6 @@
 """The training loop: rollout, reward, advantage, update, follow; one epoch is one optimiser update."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from tiltflow.algorithms.base import Algorithm, Velocities
 from tiltflow.data.stream import PromptStream
 from tiltflow.errors import ConfigError, RewardError
 from tiltflow.policies.base import Policy
-from tiltflow.rewards.engine import RewardEngine
+from tiltflow.rewards.engine import RewardEngine, Scoring
 from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
 from tiltflow.runtime.distributed import Distributed, check_divisible
 from tiltflow.runtime.randomness import generator
@@ -109,12 +110,13 @@ class Trainer:
     def run_epoch(self, epoch: int, *, status: Callable[[str], None] = lambda stage: None) -> Epoch:
         """Run one epoch, counted from 1, and return its metrics."""
         clock = _Clock()
-        status("rollout")
-        with clock.stage("rollout"):
-            samples = self._rollout(epoch, status)
-        status("reward")
-        with clock.stage("reward"):
-            table = self._score(samples)
+        with self.engine.begin(group_size=self.config.group_size) as scoring:
+            status("rollout")
+            with clock.stage("rollout"):
+                samples = self._rollout(epoch, status, submit=scoring.add_batch)
+            status("reward")
+            with clock.stage("reward"):
+                table = self._score(scoring)
         scored, reward_metrics = self._advantages(samples, table)
         status("update")
         with clock.stage("update"):
@@ -155,7 +157,7 @@ class Trainer:
             group.update(chosen)  # the config decides on lr and decay, the checkpoint on the moments
         self.epoch = state["epoch"]
 
-    def _rollout(self, epoch: int, status: Callable[[str], None]) -> SampleBatch:
+    def _rollout(self, epoch: int, status: Callable[[str], None], submit: Callable[[SampleBatch], None]) -> SampleBatch:
         groups = self.distributed.share(self.stream.epoch(epoch, self.config.num_prompts_per_epoch))
         with torch.no_grad(), self.policy.weights.using("old"):
             return rollout(
@@ -166,11 +168,12 @@ class Trainer:
                 sampler=self.sampler,
                 seed=(self.seed, "rollout"),
                 progress=lambda done, total: status(f"rollout {done}/{total}"),
+                submit=submit,
             )
 
-    def _score(self, samples: SampleBatch) -> RewardTable:
+    def _score(self, scoring: Scoring) -> RewardTable:
         with self.distributed.together():
-            table = self.engine.score(samples)
+            table = scoring.finish()
         self._limit_failures(table)
         return table
 
@@ -203,7 +206,7 @@ class Trainer:
         rows = kept.to(samples.latents.device)
         prompts = [samples.prompts[row] for row in kept.tolist()]
         scored = ScoredBatch(prompts, samples.latents[rows], advantages[kept], samples.groups[kept])
-        return scored, _reward_metrics(table, self.distributed)
+        return scored, {**_reward_metrics(table, self.distributed), **_info_metrics(table, self.distributed)}
 
     def _update(self, scored: ScoredBatch, epoch: int) -> dict[str, float]:
         """Accumulate the loss of every noised point of the epoch, then take one optimiser step."""
@@ -302,6 +305,20 @@ def _reward_metrics(table: RewardTable, distributed: Distributed) -> dict[str, f
         metrics[f"reward/{name}/std"] = std[index].item()
         metrics[f"failures/{name}"] = failed[index].item()
     return metrics
+
+
+def _info_metrics(table: RewardTable, distributed: Distributed) -> dict[str, float]:
+    """Return the means over all ranks of what the rewards tell beside their scores, where that is a number."""
+    own: dict[str, tuple[float, int]] = {}
+    for name, columns in table.extra_info.items():
+        for key, cells in columns.items():
+            values = [float(cell) for cell in cells if isinstance(cell, bool | int | float) and math.isfinite(cell)]
+            if values:
+                own[f"info/{name}/{key}"] = (sum(values), len(values))
+    parts = distributed.gather(own)
+    keys = dict.fromkeys(key for part in parts for key in part)
+    sums = {key: [part[key] for part in parts if key in part] for key in keys}
+    return {key: sum(total for total, _ in found) / sum(count for _, count in found) for key, found in sums.items()}
 
 
 class _Clock:

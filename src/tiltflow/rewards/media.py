@@ -1,0 +1,128 @@
+"""The samples in the forms that rewards ask for, each converted once, whoever asks first."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tiltflow.errors import RewardError
+from tiltflow.rewards.base import RewardModel
+from tiltflow.types import Prompt
+
+Conditions = Sequence[Sequence[Tensor]]
+
+
+@dataclass
+class Media:
+    """What rewards can look at, growing while samples come in; a row is a sample's place in the order of arrival.
+
+    The tensor of a row is one object for its whole life, so that scorers can know it again.
+    """
+
+    prompts: list[Prompt] = field(default_factory=list[Prompt])
+    groups: list[int] = field(default_factory=list[int])
+    images: list[Tensor] = field(default_factory=list[Tensor])  # each [3, H, W] in [0, 1]
+    videos: list[Tensor] = field(default_factory=list[Tensor])  # each [T, 3, H, W] in [0, 1]
+    condition_images: list[Sequence[Tensor]] = field(default_factory=list[Sequence[Tensor]])  # each N of [3, H, W]
+    condition_videos: list[Sequence[Tensor]] = field(default_factory=list[Sequence[Tensor]])  # each N of [T, 3, H, W]
+
+    def __post_init__(self) -> None:
+        self._lock = Lock()
+        self._pil: dict[tuple[str, int], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def add(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[int],
+        *,
+        images: Sequence[Tensor] | Tensor | None,
+        videos: Sequence[Tensor] | Tensor | None,
+        condition_images: Conditions | None,
+        condition_videos: Conditions | None,
+    ) -> range:
+        """Append samples and return their rows.
+
+        Raises:
+            ValueError: The fields have not one entry per prompt, or an earlier call gave other fields.
+        """
+        first = len(self.prompts)
+        self.prompts += prompts
+        self.groups += groups
+        given: dict[str, Sequence[Any] | Tensor | None] = {
+            "images": images,
+            "videos": videos,
+            "condition_images": condition_images,
+            "condition_videos": condition_videos,
+        }
+        for name, values in given.items():
+            own: list[Any] = getattr(self, name)
+            if values is not None:
+                own += list(values)
+            if len(own) not in (0, len(self.prompts)) or (values is not None and len(own) != len(self.prompts)):
+                raise ValueError(f"{name} has {len(own)} entries for {len(self.prompts)} prompts; give one per prompt")
+        if len(self.groups) != len(self.prompts):
+            raise ValueError(f"groups has {len(self.groups)} entries for {len(self.prompts)} prompts")
+        return range(first, len(self.prompts))
+
+    def check(self, name: str, model: RewardModel) -> None:
+        """Check that the samples have what a reward requires.
+
+        Raises:
+            RewardError: They do not; names the reward and the field.
+        """
+        has = {
+            "prompt": True,
+            "metadata": True,
+            "image": bool(self.images),
+            "video": bool(self.videos),
+            "condition_images": bool(self.condition_images),
+            "condition_videos": bool(self.condition_videos),
+        }
+        absent = [field for field in model.required_fields if not has[field]]
+        if absent:
+            raise RewardError(f"reward {name!r} requires {absent[0]!r}, which these samples do not have")
+
+    def fields(self, model: RewardModel, rows: Sequence[int]) -> dict[str, Any]:
+        """Return the required fields of some rows as keyword arguments."""
+        tensors = model.use_tensor_inputs
+        forms: dict[str, Callable[[int], Any]] = {
+            "prompt": lambda row: self.prompts[row].text,
+            "metadata": lambda row: dict(self.prompts[row].metadata),
+            "image": lambda row: self.images[row] if tensors else self._picture("image", row),
+            "video": lambda row: self.videos[row] if tensors else self._picture("video", row),
+            "condition_images": lambda row: self._condition("condition_images", row, tensors=tensors),
+            "condition_videos": lambda row: self._condition("condition_videos", row, tensors=tensors),
+        }
+        return {name: [forms[name](row) for row in rows] for name in model.required_fields}
+
+    def _condition(self, name: str, row: int, *, tensors: bool) -> Any:
+        """Return one sample's conditions: stacked if they are of one size, else a list; or as pictures."""
+        if not tensors:
+            return self._picture(name, row)
+        parts = getattr(self, name)[row]
+        return torch.stack(list(parts)) if parts and len({part.shape for part in parts}) == 1 else list(parts)
+
+    def _picture(self, name: str, row: int) -> Any:
+        key = (name, row)
+        with self._lock:
+            if key in self._pil:
+                return self._pil[key]
+        source = {"image": self.images, "video": self.videos}.get(name) or getattr(self, name)
+        made = _pictures(source[row])
+        with self._lock:
+            return self._pil.setdefault(key, made)
+
+
+def _pictures(value: Any) -> Any:
+    """Return a tensor `[..., 3, H, W]` in [0, 1], or a nest of them, as PIL images in nested lists."""
+    if not isinstance(value, Tensor) or value.ndim > 3:
+        return [_pictures(item) for item in value]
+    pixels = (value.detach().float() * 255).round_().clamp_(0, 255).to("cpu", torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().numpy())

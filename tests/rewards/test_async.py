@@ -1,0 +1,273 @@
+"""Asynchronous rewards: when they begin, that they overlap, and that what fails or hangs becomes a record."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rewards.samples import batch, engine_of, entry
+from tiltflow.errors import RewardError
+from tiltflow.rewards import GroupwiseRewardModel, PointwiseRewardModel, RewardEngine, RewardModelOutput
+from tiltflow.types import Prompt
+
+
+class Watched(PointwiseRewardModel):
+    """Returns the red level after a pause, and remembers when and where each call ran."""
+
+    use_tensor_inputs = True
+    pause = 0.0
+
+    def __init__(self, config: Any, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        self.calls: list[tuple[str, int]] = []
+        self.running = self.most = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, prompt, image=None, **fields: Any):
+        with self._lock:
+            self.calls.append((threading.current_thread().name, len(prompt)))
+            self.running += 1
+            self.most = max(self.most, self.running)
+        time.sleep(self.pause)
+        with self._lock:
+            self.running -= 1
+        return RewardModelOutput(torch.stack([item[0, 0, 0] for item in image]))
+
+
+class WatchedGroup(GroupwiseRewardModel):
+    use_tensor_inputs = True
+
+    def __init__(self, config: Any, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        self.groups: list[list[str]] = []
+
+    def __call__(self, prompt, image=None, **fields: Any):
+        self.groups.append(list(prompt))
+        levels = torch.stack([item.mean() for item in image])
+        return RewardModelOutput(levels - levels.mean())
+
+
+def watched(**fields: Any) -> tuple[RewardEngine, Any]:
+    """Return an engine with one watched reward, and that reward."""
+    cls = type("Mine", (Watched,), {"pause": fields.pop("pause", 0.0)})
+    engine = engine_of(cls, **fields)
+    return engine, next(iter(engine.models.values()))
+
+
+def wait_for(condition: Any) -> None:
+    """Wait until a condition holds, at most five seconds."""
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_pointwise_calls_begin_when_a_batch_is_full_and_the_rest_at_the_end() -> None:
+    engine, model = watched(async_reward=True, batch_size=3)
+    with engine.begin() as scoring:
+        scoring.add_batch(batch([0.1, 0.2]))
+        time.sleep(0.05)
+        assert model.calls == []
+        scoring.add_batch(batch([0.3, 0.4]))
+        wait_for(lambda: len(model.calls) == 1)
+        assert model.calls[0][1] == 3
+        table = scoring.finish()
+    assert [count for _, count in model.calls] == [3, 1]
+    assert {name for name, _ in model.calls} == {"reward-r-0"}
+    assert table.column("r").tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_groupwise_calls_begin_when_their_group_is_complete() -> None:
+    engine = engine_of(WatchedGroup, async_reward=True)
+    (model,) = engine.models.values()
+    assert isinstance(model, WatchedGroup)
+    with engine.begin(group_size=2) as scoring:
+        scoring.add_batch(batch([0.1, 0.5, 0.2], groups=[1, 2, 1]))
+        wait_for(lambda: model.groups == [["prompt 1", "prompt 1"]])
+        scoring.add_batch(batch([0.9], groups=[2]))
+        wait_for(lambda: len(model.groups) == 2)
+        table = scoring.finish()
+    assert table.column("r").tolist() == pytest.approx([-0.05, -0.2, 0.05, 0.2])
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_reward_runs_in_as_many_lanes_as_it_has(workers: int) -> None:
+    engine, model = watched(async_reward=True, num_workers=workers, batch_size=1, pause=0.05)
+    began = time.monotonic()
+    engine.score(batch([0.0] * 8))
+    took = time.monotonic() - began
+    assert model.most == workers
+    assert took >= 0.05 * 8 / workers
+    assert took < 0.05 * 8 / workers + 0.25
+
+
+def test_a_slow_reward_does_not_hold_up_another_and_sync_rewards_run_meanwhile() -> None:
+    slow, quick, here = (
+        type(name, (Watched,), {"pause": pause}) for name, pause in (("A", 0.3), ("B", 0.0), ("C", 0.2))
+    )
+    classes = {"slow": slow, "quick": quick, "here": here}
+    rewards = [entry(name, name, async_reward=name != "here", batch_size=4) for name in classes]
+    engine = RewardEngine(rewards, factory=lambda arguments: classes[arguments.reward_model](arguments))
+    models: dict[str, Any] = {model.config.name: model for model in engine.models.values()}
+    began = time.monotonic()
+    with engine.begin() as scoring:
+        scoring.add_batch(batch([0.1] * 4))
+        wait_for(lambda: models["quick"].calls != [] and models["quick"].running == 0)
+        assert models["slow"].running == 1
+        table = scoring.finish()
+    assert time.monotonic() - began < 0.45  # 0.3 and 0.2 side by side
+    assert models["here"].calls == [("MainThread", 4)]
+    assert not table.scores.isnan().any()
+
+
+def test_answers_are_merged_by_sample_in_whatever_order_they_come() -> None:
+    class Uneven(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            time.sleep(0.1 * image[0][0, 0, 0].item())
+            return super().__call__(prompt, image=image)
+
+    levels = [0.9, 0.1, 0.6, 0.3, 0.0, 0.7]
+    table = engine_of(Uneven, async_reward=True, num_workers=6, batch_size=1).score(batch(levels))
+    assert table.column("r").tolist() == pytest.approx(levels)
+
+
+def test_a_call_that_takes_too_long_is_a_recorded_failure_and_the_others_count() -> None:
+    class Hanging(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            if image[0][0, 0, 0] > 0.5:
+                time.sleep(1.0)
+            return super().__call__(prompt, image=image)
+
+    engine = engine_of(Hanging, async_reward=True, num_workers=2, batch_size=1, timeout=0.1, on_error="mask")
+    began = time.monotonic()
+    table = engine.score(batch([0.1, 0.9, 0.2]))
+    assert time.monotonic() - began < 0.8
+    assert table.column("r").isnan().tolist() == [False, True, False]
+    (failure,) = table.failures
+    assert (failure.samples, failure.kind, failure.message) == ((1,), "timeout", "no answer within 0.1 s")
+
+
+def test_when_every_lane_hangs_the_waiting_calls_fail_too() -> None:
+    engine, _ = watched(async_reward=True, batch_size=1, pause=1.0, timeout=0.1, on_error="mask")
+    table = engine.score(batch([0.1, 0.2, 0.3]))
+    assert table.scores.isnan().all()
+    assert [failure.kind for failure in table.failures] == ["timeout"] * 3
+    assert table.failures[1].message == "never began: all 1 workers are held by calls without an answer"
+
+
+def test_an_exception_in_a_lane_is_raised_or_recorded_as_the_entry_says() -> None:
+    class Broken(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            raise ConnectionError("refused")
+
+    with pytest.raises(RewardError, match=r"reward 'r' failed on 2 samples.*ConnectionError: refused"):
+        engine_of(Broken, async_reward=True).score(batch([0.1, 0.2]))
+    table = engine_of(Broken, async_reward=True, on_error="mask").score(batch([0.1, 0.2]))
+    assert [failure.kind for failure in table.failures] == ["ConnectionError"]
+
+    class Remote(Broken):
+        remote = True
+
+    assert engine_of(Remote).score(batch([0.1])).scores.isnan().all()
+    with pytest.raises(RewardError, match="refused"):
+        engine_of(Remote, on_error="raise").score(batch([0.1]))
+
+
+def test_leaving_early_ends_the_threads() -> None:
+    engine, _ = watched(async_reward=True, num_workers=3, batch_size=1, pause=0.05)
+    with pytest.raises(KeyboardInterrupt), engine.begin() as scoring:
+        scoring.add_batch(batch([0.1] * 30))
+        raise KeyboardInterrupt
+    wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("reward-r")])
+
+
+def test_entries_of_one_reward_share_the_pass_whatever_their_lanes() -> None:
+    made: list[Watched] = []
+
+    def factory(arguments: Any) -> Watched:
+        made.append(Watched(arguments))
+        return made[-1]
+
+    rewards = [entry("a", "x", batch_size=2), entry("b", "x", batch_size=4, async_reward=True, num_workers=2)]
+    table = RewardEngine(rewards, factory=factory).score(batch([0.1, 0.2, 0.3, 0.4]))
+    assert [count for _, count in made[0].calls] == [4]
+    assert torch.equal(table.column("a"), table.column("b"))
+    assert len(made) == 1
+
+
+# --- fields -----------------------------------------------------------------------------------------------------------
+
+
+class Seen(PointwiseRewardModel):
+    """Remembers its fields."""
+
+    required_fields = ("prompt", "video", "condition_images", "condition_videos")
+
+    def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
+        self.seen = {"video": video, "condition_images": condition_images, "condition_videos": condition_videos}
+        assert image is None
+        return RewardModelOutput([0.0] * len(prompt))
+
+
+class SeenTensors(Seen):
+    use_tensor_inputs = True
+
+
+def feed(cls: type[Seen]) -> dict[str, Any]:
+    """Score two samples with every kind of medium and return what the reward saw."""
+    engine = engine_of(cls)
+    with engine.begin() as scoring:
+        scoring.add(
+            [Prompt("a"), Prompt("b")],
+            [0, 1],
+            videos=torch.rand(2, 5, 3, 4, 6),
+            condition_images=[[torch.rand(3, 4, 4), torch.rand(3, 4, 4)], [torch.rand(3, 4, 4), torch.rand(3, 8, 4)]],
+            condition_videos=[[torch.rand(2, 3, 4, 4)], []],
+        )
+        scoring.finish()
+    (model,) = engine.models.values()
+    assert isinstance(model, Seen)
+    return model.seen
+
+
+def test_tensor_media_have_the_documented_shapes() -> None:
+    seen = feed(SeenTensors)
+    assert [tuple(video.shape) for video in seen["video"]] == [(5, 3, 4, 6)] * 2
+    stacked, listed = seen["condition_images"]
+    assert tuple(stacked.shape) == (2, 3, 4, 4)
+    assert [tuple(item.shape) for item in listed] == [(3, 4, 4), (3, 8, 4)]
+    assert tuple(seen["condition_videos"][0].shape) == (1, 2, 3, 4, 4)
+    assert seen["condition_videos"][1] == []
+
+
+def test_pil_media_are_nested_lists_of_pictures() -> None:
+    seen = feed(Seen)
+    assert [[frame.size for frame in video] for video in seen["video"]] == [[(6, 4)] * 5] * 2
+    assert [[item.size for item in items] for items in seen["condition_images"]] == [[(4, 4)] * 2, [(4, 4), (4, 8)]]
+    assert [[len(clip) for clip in clips] for clips in seen["condition_videos"]] == [[2], []]
+
+
+def test_a_field_that_the_samples_do_not_have_names_reward_and_field() -> None:
+    with engine_of(Seen).begin() as scoring, pytest.raises(RewardError, match="reward 'r' requires 'video', which"):
+        scoring.add_batch(batch([0.1]))
+
+
+def test_fields_of_the_wrong_length_are_refused() -> None:
+    with engine_of(Watched).begin() as scoring, pytest.raises(ValueError, match="images has 1 entries for 2 prompts"):
+        scoring.add([Prompt("a"), Prompt("b")], [0, 1], images=torch.rand(1, 3, 4, 4))
+
+
+def test_each_picture_is_made_once_for_all_rewards() -> None:
+    class Keeps(PointwiseRewardModel):
+        def __call__(self, prompt, image=None, **fields: Any):
+            self.images = image
+            return RewardModelOutput([0.0] * len(prompt))
+
+    rewards = [entry("a", "x"), entry("b", "y", async_reward=True)]
+    engine = RewardEngine(rewards, factory=Keeps)
+    engine.score(batch([0.1, 0.2]))
+    first, second = engine.models.values()
+    assert isinstance(first, Keeps) and isinstance(second, Keeps)
+    assert all(one is other for one, other in zip(first.images, second.images, strict=True))
