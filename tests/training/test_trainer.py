@@ -7,7 +7,7 @@ import torch
 
 from tiltflow.algorithms import RAM, RAMConfig
 from tiltflow.data import PromptStream
-from tiltflow.errors import ConfigError, GeometryError, RewardError
+from tiltflow.errors import ConfigError, GeometryError, RewardError, TrainingError
 from tiltflow.rewards import RewardArguments, RewardEngine
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.testing import ToyPolicy
@@ -100,7 +100,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     policy = ToyPolicy()
     trainer = toy_trainer(policy=policy)
     trainer.algorithm.config = RAMConfig(reward_multiplier=1e38, num_noisings=2)
-    with pytest.raises(RewardError, match="gradient is NaN or infinite"):
+    with pytest.raises(TrainingError, match="gradient is NaN or infinite"):
         trainer.run_epoch(1)
     assert policy.mean.item() == 0
 

@@ -107,7 +107,8 @@ def _run(model: RewardModel, media: _Media, samples: SampleBatch) -> Outcome:
     extra: dict[str, list[Any]] = {}
     for rows in _batches(model, samples):
         try:
-            values, info = _read(model(**media.fields(model, rows)), len(rows))
+            with torch.no_grad():
+                values, info = _read(model(**media.fields(model, rows)), len(rows))
         except Exception as error:  # any user code may fail in any way: the failure is recorded with its samples
             kind = "length" if isinstance(error, _WrongLength) else type(error).__name__
             failures.append(RewardFailure(model.config.name, tuple(rows), kind, str(error)))
