@@ -56,10 +56,10 @@ def place(policy, *, theta, old, ema):
 def test_rollouts_come_from_old():
     policy = ToyPolicy(mean=0.5)
     place(policy, theta=1.0, old=2.0, ema=4.0)
-    found = toy_trainer(policy=policy).run_epoch(1).samples.latents
+    found = toy_trainer(policy=policy).run_epoch(1).table.column("r")
     means = {"ref": 0.5, "theta": 1.0, "old": 2.0, "ema": 4.0}
     made = {name: toy_trainer(policy=ToyPolicy(mean=mean)).run_epoch(1) for name, mean in means.items()}
-    assert {name: torch.equal(found, epoch.samples.latents) for name, epoch in made.items()} == {
+    assert {name: torch.equal(found, epoch.table.column("r")) for name, epoch in made.items()} == {
         "ref": False,
         "theta": False,
         "old": True,
