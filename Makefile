@@ -55,8 +55,9 @@ typecheck: dev ## check types
 
 check: lint typecheck test ## lint, typecheck and test
 
-pretrain: install ## rebuild the tiny checkpoint from nothing (extra options: ARGS='--key value')
-	$(BIN)/tiltflow pretrain tiny_sd3 $(ARGS)
+pretrain: install ## rebuild the tiny checkpoint from nothing, in its two phases (hours)
+	$(BIN)/tiltflow pretrain tiny_sd3
+	$(BIN)/tiltflow pretrain tiny_sd3_phase2
 
 bench: dev ## run the benchmarks
 	$(BIN)/python -m benchmarks.epoch $(ARGS)

@@ -59,6 +59,23 @@ class Broken(Brightness):
         raise ValueError("the judge is out")
 
 
+class BreaksLater(Brightness):
+    """Scores its first call and none after it."""
+
+    calls = 0
+
+    def __call__(self, prompt, image=None, **media: Any):
+        self.calls += 1
+        if self.calls > 1:
+            raise ValueError("the judge went home")
+        return super().__call__(prompt, image=image)
+
+
+class CannotBeBuilt(Brightness):
+    def __init__(self, config: Any, accelerator: Any = None):
+        raise MemoryError("no room")
+
+
 class Rank(GroupwiseRewardModel):
     """Rank of the brightness within the group."""
 

@@ -179,8 +179,8 @@ def test_sizes_and_rates_out_of_range(
     [
         ({"policy": {"frozen_dtype": "bf16"}}, "precision=fp32 cannot compute with frozen_dtype=bf16; set it to fp32"),
         (
-            {"policy": {"finetune": "full", "unload_text_encoders": True}},
-            "unload_text_encoders=true drops a part of the",
+            {"policy": {"finetune": "full", "precision": "bf16", "frozen_dtype": "bf16"}},
+            "frozen_dtype=bf16 has no use with finetune=full; leave it out",
         ),
         ({"train": {"advantage_aggregation": "gdpo", "advantage_std": "group"}}, "leave advantage_std=global"),
     ],
@@ -272,6 +272,18 @@ def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
     assert "no_model" in named and "detector" not in named
 
 
+def test_metadata_that_a_reward_cannot_read_shows_before_the_model_is_loaded(
+    failing: Failing, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    line = {"prompt": "a photo of a star", "tag": "colours", "include": [{"class": "star", "count": 1}]}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(line) + "\n")
+    odd = {"prompts": str(tmp_path / "odd.jsonl")}
+    geneval = [{"reward_model": "Geneval", "detector": "shapes"}]
+    text = failing("train", write(policy={"model_name": str(tmp_path / "no_model")}, data=odd, rewards=geneval))
+    assert text.startswith("reward 'Geneval' cannot score the prompt 'a photo of a star' of ")
+    assert "tag is 'colours'; it must be one of single_object" in text
+
+
 def test_a_folder_without_a_model(
     write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +313,14 @@ def test_a_damaged_checkpoint(failing: Failing, tmp_path: Path) -> None:
     manifest = {"version": 1, "epoch": 1, "files": [{"path": "weights.safetensors", "size": 3, "sha256": "0" * 64}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "weights.safetensors" in failing("evaluate", "--checkpoint", folder)
+
+
+@pytest.mark.parametrize("content", ["{}", "seed: 1\noutput_dir: x\n"])
+def test_a_config_without_a_policy(failing: Failing, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(AssertionError, match="key 'policy' is missing"):  # one line per missing key
+        failing("train", path)
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["sample", "--prompt", "a photo of a star"]])

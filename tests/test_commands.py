@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ Run = tuple[Path, RunConfig]
 
 
 def start(model: Path, folder: Path, **sections: Any) -> Run:
-    """Train to the end through the command line; return the run's folder and config."""
-    values = run_values(model, folder / "out", train={"epochs": 2}, **sections)
+    """Train to the end through the command line, in steps that show; return the run's folder and config."""
+    values = run_values(model, folder / "out", train={"epochs": 2, "lr": 0.05}, **sections)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(path)]) == 0
@@ -48,7 +49,7 @@ def lora_run(random_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         random_sd3,
         tmp_path_factory.mktemp("lora"),
         policy={"unload_text_encoders": True},
-        eval_rewards=GENEVAL,
+        eval_rewards=[*GENEVAL, {"name": "brightness", "reward_model": "tests.rewards_for_tests.Brightness"}],
         data={"tag_shares": {"colors": 1, "single_object": 2}},
     )
 
@@ -76,6 +77,9 @@ def test_a_run_leaves_config_metrics_evaluations_and_a_report(lora_run: Run) -> 
     results = [EvaluationResult.load(run_dir / "evaluations" / f"{name}.json") for name in ("before", "after")]
     assert [result.settings["epoch"] for result in results] == [0, 2]
     assert [len(result.rows) for result in results] == [6, 6]
+    before, after = ([row.scores["brightness"] for row in result.rows] for result in results)
+    changes = [abs(old - new) for old, new in zip(before, after, strict=True)]  # same noise, moved weights
+    assert min(changes) > 0 and max(changes) > 1e-3
     page = (run_dir / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4  # two kept images, before and after
     for word in (
@@ -189,6 +193,75 @@ def test_a_folder_where_the_link_belongs(random_sd3: Path, tmp_path: Path, capsy
     assert "latest is a folder or file where a link to the newest checkpoint belongs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"eval_rewards": [{"reward_model": "tests.rewards_for_tests.CannotBeBuilt"}]},
+        {"tracking": {"trackio_project": "x", "console": False}},
+    ],
+)
+def test_what_cannot_be_built_leaves_a_finished_run_as_it_was(
+    full_run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    run_dir, _ = full_run
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    values = yaml.safe_load((run_dir.parent / "run.yaml").read_text())
+    path = run_dir.parent / "other.yaml"
+    path.write_text(yaml.safe_dump({**values, **sections}))
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    assert cli.main(["train", str(path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
+
+
+class Stop(Exception):
+    """A kill at a chosen moment."""
+
+
+def test_an_evaluation_lost_to_a_kill_is_made_up_for(
+    random_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the checkpoint of an epoch and its evaluation, and once more before the next checkpoint."""
+    values = run_values(random_sd3, tmp_path / "out", train={"epochs": 6, "evaluate_every": 1, "save_every": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    save = EvaluationResult.save
+    for moment in ("epoch_000002", "epoch_000003"):
+
+        def killed(self: EvaluationResult, directory: Path, moment: str = moment) -> Path:
+            path = save(self, directory) if moment == "epoch_000003" else directory
+            if self.name == moment:
+                raise Stop
+            return path if moment == "epoch_000003" else save(self, directory)
+
+        monkeypatch.setattr(EvaluationResult, "save", killed)
+        with pytest.raises(Stop):
+            cli.main(["train", str(tmp_path / "run.yaml")])
+    monkeypatch.setattr(EvaluationResult, "save", save)
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    steps = [row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "eval/brightness" in row]
+    assert steps == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "loss" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+def test_a_reward_that_fails_late_in_an_evaluation_leaves_nothing(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = "[{reward_model: tests.rewards_for_tests.BreaksLater, batch_size: 2}]"
+    command = ["evaluate", "--model_name", str(random_sd3), "--prompts", "shapes", "--rewards", entry]
+    few = ["--max_prompts", "8", "--images_per_prompt", "1", "--evaluation.batch_size", "1", "--num_steps", "1"]
+    output = ["--max_sequence_length", "1", "--output_dir", str(tmp_path / "results")]
+    assert cli.main([*command, *few, *output]) == 2
+    assert "the judge went home" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +285,7 @@ def test_evaluate_a_checkpoint_with_the_config_found_beside_it(
     assert {"geneval_correct_counting", "geneval_strict_low", "geneval_partial"} <= printed.keys()
     found = EvaluationResult.load(tmp_path / "epoch_000002.json")
     assert [row.scores for row in found.rows] == [row.scores for row in after.rows]
+    assert len({row.scores["brightness"] for row in found.rows}) == len(found.rows)
     assert (found.settings["prompt_source"], found.settings["rewards"][0]["reward_model"]) == ("shapes", "Geneval")
     assert len(list((tmp_path / "epoch_000002").glob("*.png"))) == 2
 
@@ -253,7 +327,7 @@ def test_evaluate_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = results_of(capsys.readouterr().out)
     tags = [printed[f"geneval_correct_{tag}"] for tag in ("single_object", "two_object", "counting")]
     assert all(0 <= value <= 1 for value in tags)
-    content = json.loads((tmp_path / "pretrained.json").read_text())
+    content = json.loads((tmp_path / "tiny_sd3.json").read_text())
     assert {row["info"]["Geneval"]["tag"] for row in content["rows"]} >= {"colors", "position", "color_attr"}
 
 
@@ -285,6 +359,11 @@ def test_sample_writes_a_grid_and_singles(lora_run: Run, tmp_path: Path, capsys:
     again = [Path(line) for line in capsys.readouterr().out.split()]
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
     assert len({path.read_bytes() for path in files}) == len(files)
+    model = ["--model_name", str(lora_run[1].policy.model_name), "--max_sequence_length", "1", "--precision", "fp32"]
+    base = ["sample", *model, *command[3:], "--num_steps", "2", "--guidance_scale", "2", "--batch_size", "16"]
+    assert cli.main([*base, "--output_dir", str(tmp_path / "base")]) == 0
+    untrained = [Path(line) for line in capsys.readouterr().out.split()]
+    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(files, untrained, strict=True))
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])

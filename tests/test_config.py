@@ -53,10 +53,11 @@ def shapes(*overrides: tuple[str, str]) -> RunConfig:
 
 
 def test_every_packaged_config_loads() -> None:
-    assert packaged_configs() == [*RUN_CONFIGS, "tiny_sd3"]
+    assert packaged_configs() == [*RUN_CONFIGS, "tiny_sd3", "tiny_sd3_phase2"]
     for name in RUN_CONFIGS:
         assert load_run_config(name).output_dir == f"outputs/{name}"
-    assert load_pretrain_config("tiny_sd3").output_dir == "outputs/tiny_sd3"
+    first, second = load_pretrain_config("tiny_sd3"), load_pretrain_config("tiny_sd3_phase2")
+    assert (first.output_dir, second.init_from) == ("outputs/tiny_sd3", "outputs/tiny_sd3/model")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -295,7 +296,8 @@ def test_several_mistakes_are_told_together() -> None:
 
 def test_a_missing_file_names_the_packaged_configs() -> None:
     assert message("no/such.yaml") == (
-        "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_ram, tiny_sd3"
+        "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_ram, tiny_sd3, "
+        "tiny_sd3_phase2"
     )
 
 

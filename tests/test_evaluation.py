@@ -357,7 +357,6 @@ def test_evaluate_end_to_end(tmp_path: Path) -> None:
         PROMPTS,
         config=CONFIG,
         name="before",
-        image_dir=tmp_path,
         progress=lambda done, total: seen.append((done, total)),
     )
     assert [(r.group, r.sample) for r in result.rows] == [(g, s) for g in range(5) for s in range(2)]
@@ -371,6 +370,8 @@ def test_evaluate_end_to_end(tmp_path: Path) -> None:
     tags = [tag for tag in TAGS for _ in range(2)]
     assert 0 < sum(strict) < 10
     assert result.summary["geneval_strict"].value == pytest.approx(overall(tag_accuracies(tags, strict)))
+    assert list(tmp_path.iterdir()) == []
+    result.save(tmp_path)
     kept = [r for r in result.rows if r.image]
     assert len(kept) == 3 == len(list((tmp_path / "before").iterdir()))
     assert {TAGS[r.group] for r in kept} == {"colors", "counting", "position"}
@@ -417,11 +418,10 @@ def test_failures_are_counted_and_explained() -> None:
         evaluate(NoisePolicy(), engine(Breaks, on_error="raise"), PROMPTS, config=CONFIG, name="before")
 
 
-def test_bad_requests_name_the_remedy(tmp_path: Path) -> None:
+def test_bad_requests_name_the_remedy() -> None:
     with pytest.raises(DataError, match="no evaluation prompts"):
-        evaluate(NoisePolicy(), engine(Constant), [], config=CONFIG, name="x", image_dir=tmp_path)
+        evaluate(NoisePolicy(), engine(Constant), [], config=CONFIG, name="x")
     with pytest.raises(ConfigError, match="it becomes a file name"):
-        evaluate(NoisePolicy(), engine(Constant), PROMPTS, config=CONFIG, name="../x", image_dir=tmp_path)
+        evaluate(NoisePolicy(), engine(Constant), PROMPTS, config=CONFIG, name="../x")
     with pytest.raises(ConfigError, match="one name in lower case"):
         evaluate(NoisePolicy(), engine(Constant, Breaks, names=["A", "a"]), PROMPTS, config=CONFIG, name="x")
-    assert list(tmp_path.iterdir()) == []

@@ -181,6 +181,23 @@ def test_a_run_killed_midway(run_dir: Path) -> None:
     assert "colors 20 " in text
 
 
+def test_the_end_of_a_run_that_was_extended_is_not_known(run_dir: Path) -> None:
+    path = run_dir / "evaluations" / "after.json"
+    for epoch, known in ((12, True), (11, False)):
+        content = json.loads(path.read_text())
+        content["settings"]["epoch"] = epoch
+        path.write_text(json.dumps(content))
+        text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
+        assert ("0.250 → 0.875" in text) is known
+        assert ("There is no evaluation from after training yet" in text) is not known
+
+
+def test_two_evaluations_are_no_curve(run_dir: Path) -> None:
+    rows = [{"step": step, "time": 1.0, "eval/geneval_strict": 0.1 * step} for step in (0, 12)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Evaluation while training" not in Page(write_report(run_dir).read_text(encoding="utf-8")).text
+
+
 def test_an_empty_folder_gives_sentences(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
     for sentence in (

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rewards", help="YAML, for example '[Geneval]' or '[{reward_model: Geneval, detector: shapes}]'"
     )
     evaluate.add_argument("--output_dir", type=Path, help="where the results go; beside the checkpoint by default")
+    evaluate.add_argument("--name", help="of the result; the checkpoint's or the model's by default")
     evaluate.set_defaults(run=_evaluate)
 
     sample = commands.add_parser("sample", help="write images of prompts", allow_abbrev=False)
@@ -98,15 +99,15 @@ def _pretrain(arguments: argparse.Namespace, overrides: Overrides) -> None:
 def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> None:
     from tiltflow.commands import run_evaluation
 
-    result = run_evaluation(
+    run_evaluation(
         checkpoint=arguments.checkpoint,
         model_name=arguments.model_name,
         prompts=arguments.prompts,
         rewards=arguments.rewards,
         overrides=overrides,
         output_dir=arguments.output_dir,
+        name=arguments.name,
     )
-    print("\n".join(result.result_lines()))
 
 
 def _sample(arguments: argparse.Namespace, overrides: Overrides) -> None:

@@ -85,7 +85,7 @@ def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> R
     """
     path = find_config(source)
     own = read_yaml(path)
-    if "policy" not in own and set(own) <= set(PretrainConfig.model_fields):
+    if own.keys() & (PretrainConfig.model_fields.keys() - RunConfig.model_fields.keys()) and "policy" not in own:
         raise ConfigError(f"{path} is a pretraining config; use it with: tiltflow pretrain {source}")
     values = override(own, overrides, RunConfig)
     known = [entry for key in REWARD_KEYS for entry in normalise_rewards(own.get(key) or (), key=key)]

@@ -21,5 +21,9 @@ class CheckpointError(TiltflowError):
     """A checkpoint cannot be written, read or trusted."""
 
 
+class TrainingError(TiltflowError):
+    """An update cannot be made, such as one whose gradient is not finite."""
+
+
 class RewardError(TiltflowError):
     """A reward cannot be built, or failed where failing is not allowed."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.shared import case_tensors, golden, requires_shared
-from tiltflow.algorithms import RAM, RAMConfig, Velocities, ram_loss, ram_target
+from tiltflow.algorithms import RAM, NoisedBatch, RAMConfig, Velocities, ram_loss, ram_target
 from tiltflow.data import PromptStream
 from tiltflow.flow import sigma_schedule
 from tiltflow.rewards import RewardArguments, RewardEngine
@@ -221,6 +221,39 @@ def test_noise_repeats_each_sample_k_times_on_the_grid():
     assert batch.advantages[[0, 5, 14]].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert set(batch.t.tolist()) <= set(sigmas[:-1].tolist())
     assert batch.eps.unique().numel() == 15
+
+
+def test_loss_and_metrics_by_hand_with_theta_old_ema_and_ref_all_different():
+    """Two rows of a Gaussian of std 1 and mean mu, whose velocity is -mu at t = 1/2 and -0.8 x - 0.4 mu at t = 1/4.
+
+    With m = 2 and mu = 1 (theta), -0.5 (old), 0.25 (ref), 4 (ema, which has no part):
+
+        t     x0   eps   x_t    A       v_theta   v_old   v_ref   target                              v_theta - target
+        1/2   -1   0.5   -0.25  -0.75   -1        0.5     -0.25   -0.25 - 1.5 (1.5 - 0.5) = -1.75      0.75
+        1/4    1   3      1.5    0.5    -1.6      -1      -1.3    -1.3 + 1 (2 + 1) = 1.7              -3.3
+    """
+    policy = ToyPolicy(mean=0.25, std=1.0)
+    means = {"theta.mean": 1.0, "old.mean": -0.5, "ema.mean": 4.0}
+    values = {name: torch.full(policy.latent_shape, value) for name, value in means.items()}
+    policy.weights.load_state(policy.weights.state() | values)
+    rows = {"x0": [-1.0, 1.0], "eps": [0.5, 3.0]}
+    batch = NoisedBatch(
+        **{name: torch.tensor(row).reshape(2, 1, 1, 1) for name, row in rows.items()},
+        t=torch.tensor([0.5, 0.25]),
+        advantages=torch.tensor([-0.75, 0.5]),
+        conditioning=policy.conditioning(["a", "bb"]),
+    )
+    output = RAM(RAMConfig(reward_multiplier=2.0)).loss(batch, Velocities(policy.velocity, policy.weights.using))
+    assert output.loss.item() == pytest.approx((0.75**2 + 3.3**2) / 2, rel=1e-6)
+    assert set(output.metrics) == set(RAM.metric_names)
+    assert output.metrics["drift"].item() == pytest.approx((0.75**2 + 0.3**2) / 2, rel=1e-6)
+    assert output.metrics["target_scale"].item() == pytest.approx((1.75**2 + 1.7**2) / 2, rel=1e-6)
+    assert not any(value.requires_grad for value in output.metrics.values())
+    output.loss.backward()
+    # d v_theta / d mu is -1 and -0.4; no other velocity has a gradient.
+    assert policy.mean.grad.item() == pytest.approx((2 * 0.75 * -1 + 2 * -3.3 * -0.4) / 2, rel=1e-5)
+    state = policy.weights.state()
+    assert {name: state[name].item() for name in means} == means
 
 
 def test_lagged_policy_schedule():

@@ -63,7 +63,7 @@ def test_strict_geneval_on_held_out_prompts_leaves_room_to_tilt(tmp_path):
         model_name="tiny_sd3",
         prompts="shapes",
         rewards="[Geneval]",
-        overrides=[(key, str(getattr(demo, key))) for key in ("num_steps", "guidance_scale", "max_prompts")],
+        overrides=[(key, str(getattr(demo, key))) for key in type(demo).model_fields],
         output_dir=tmp_path,
     )
     assert 0.30 <= result.summary["geneval_strict"].value <= 0.75

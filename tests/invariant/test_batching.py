@@ -9,6 +9,7 @@ import torch
 from tests.invariant.runs import final_weights, train, write_config
 from tests.tiny import tiny_config
 from tiltflow.commands import build_trainer
+from tiltflow.evaluation import EvaluationResult
 from tiltflow.runtime.distributed import Distributed
 
 # Adam divides by the gradient's size: with its usual tiny epsilon, an entry whose gradient is all rounding moves by
@@ -56,9 +57,14 @@ def test_two_processes_give_the_update_of_one(random_sd3, tmp_path, reward):
     assert has_moved(one)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+    results = [EvaluationResult.load(tmp_path / n / "evaluations" / "after.json") for n in ("one", "two")]
+    places = [[(row.group, row.sample, row.image) for row in result.rows] for result in results]
+    assert places[0] == places[1] and len(places[0]) == 6
+    scores = [torch.tensor([row.scores["r"] for row in result.rows]) for result in results]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-3)
+    assert len(list((tmp_path / "two" / "evaluations" / "after").glob("*.png"))) == 2
 
 
-@pytest.mark.slow
 def test_a_process_without_a_valid_sample_takes_part(random_sd3, tmp_path):
     """Of two prompts one can never be scored: in two processes one has nothing to learn from, in every epoch."""
     prompts = tmp_path / "prompts.txt"

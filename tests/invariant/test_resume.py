@@ -41,7 +41,7 @@ def killed_run(config, marks, *, after_marks, delay):
 RECURRING = {"tag_shares": {"single_object": 1, "counting": 1}}
 
 
-@pytest.mark.parametrize(("finetune", "data"), [("lora", RECURRING), pytest.param("full", {}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("finetune", "data"), [("lora", RECURRING), ("full", {})])
 def test_kill_and_resume_equals_uninterrupted(random_sd3, tmp_path, finetune, data):
     options = {"policy": {"finetune": finetune}, "rewards": SLOW_REWARD, "train": {"epochs": 5}, "data": data}
     marks = tmp_path / "marks"

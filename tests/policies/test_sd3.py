@@ -107,24 +107,48 @@ def test_each_prompt_is_encoded_once(random_sd3, monkeypatch):
     monkeypatch.setattr(policy, "encode", lambda prompts: encoded.append(list(prompts)) or original(prompts))
     first = policy.conditioning(["a", "b", "a"])
     second = policy.conditioning(["b", "c"])
-    assert encoded == [["a"], ["b"], ["c"]]
+    assert encoded == [["a", "b"], ["c"]]
     assert torch.equal(first.tensors["encoder_hidden_states"][1], second.tensors["encoder_hidden_states"][0])
     assert torch.equal(first.tensors["encoder_hidden_states"][0], first.tensors["encoder_hidden_states"][2])
 
 
-def test_the_cache_forgets_the_oldest_and_unloaded_encoders_serve_cached_prompts_only(random_sd3):
+def encoded(policy, monkeypatch):
+    """Record what the policy encodes from now on."""
+    seen = []
+    encode = type(policy).encode
+    monkeypatch.setattr(type(policy), "encode", lambda self, prompts: seen.extend(prompts) or encode(self, prompts))
+    return seen
+
+
+def test_the_cache_forgets_the_oldest(random_sd3, monkeypatch):
     policy = build(random_sd3, prompt_cache_size=2)
-    policy.conditioning(["a", "b"])
-    policy.unload_text_encoders()
-    assert len(policy.conditioning(["b"])) == 1
-    with pytest.raises(ConfigError, match="unload_text_encoders"):
-        policy.conditioning(["z"])
-    small = build(random_sd3, prompt_cache_size=1)
-    small.conditioning(["a"])
-    small.conditioning(["b"])
-    small.unload_text_encoders()
-    with pytest.raises(ConfigError, match="'a'"):
-        small.conditioning(["a"])
+    seen = encoded(policy, monkeypatch)
+    for prompts in (["a", "b"], ["b", "c"], ["b"], ["a"]):
+        assert len(policy.conditioning(prompts)) == len(prompts)
+    assert seen == ["a", "b", "c", "a"]
+
+
+def test_unloaded_encoders_wait_on_the_cpu_and_come_back_for_a_new_prompt(random_sd3, monkeypatch):
+    moves = []
+    policy = build(random_sd3, unload_text_encoders=True)
+    move = type(policy)._move_text_encoders
+    monkeypatch.setattr(type(policy), "_move_text_encoders", lambda self, to: moves.append(str(to)) or move(self, to))
+    policy.device = torch.device("cpu", 0)
+    rows = policy.conditioning(["a", "b"])
+    assert moves == ["cpu:0", "cpu"]
+    policy.conditioning(["b", "a"])
+    assert moves == ["cpu:0", "cpu"]
+    policy.conditioning(["c"])
+    assert moves == ["cpu:0", "cpu"] * 2
+    kept = build(random_sd3).conditioning(["a", "b"])
+    assert all(torch.equal(rows.tensors[name], kept.tensors[name]) for name in kept.tensors)
+
+
+def test_an_embedding_does_not_depend_on_its_batch_mates(random_sd3):
+    policy = build(random_sd3)
+    together, alone = policy.encode(PROMPTS), [policy.encode([prompt]) for prompt in PROMPTS]
+    for name, value in together.tensors.items():
+        assert torch.equal(value, torch.cat([row.tensors[name] for row in alone]))
 
 
 def test_lora_starts_at_the_reference_and_trains_only_the_eight_attention_maps(random_sd3):
@@ -220,13 +244,31 @@ def test_a_model_that_is_not_there_is_explained():
         SD3Policy(SD3Config(model_name="/nowhere"), device=torch.device("cpu"), seed=0)
 
 
-def test_remembered_prompts_outlive_the_encoders_and_too_many_are_refused(random_sd3):
-    policy = build(random_sd3, prompt_cache_size=3)
-    policy.remember(["", "a", "b", "a"])
-    policy.unload_text_encoders()
-    assert len(policy.conditioning(["b", "a"])) == 2 and len(policy.negative(2)) == 2
-    with pytest.raises(ConfigError, match=r"prompt_cache_size=3 .* 4 prompts; raise it to 4"):
-        policy.remember(["a", "b", "c", "d"])
+def test_building_a_policy_leaves_the_global_generator_alone(random_sd3):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first, second = (build(random_sd3).weights.state() for _ in range(2))
+    assert torch.equal(torch.rand(4), expected)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_frozen_weights_in_bf16_train_their_adapters(random_sd3):
+    policy = build(random_sd3, precision="bf16", frozen_dtype="bf16")
+    assert {parameter.dtype for parameter in policy.weights.parameters()} == {torch.float32}
+    x = torch.randn(3, *policy.latent_shape)
+    conditioning = policy.conditioning(PROMPTS)
+    policy.velocity(x, torch.full((3,), 0.4), conditioning).square().mean().backward()
+    reference = build(random_sd3)
+    reference.velocity(x, torch.full((3,), 0.4), conditioning).square().mean().backward()
+    for name, parameter in policy.weights.trainable.items():
+        other = reference.weights.trainable[name].grad
+        assert (parameter.grad is None) == (other is None)  # the last block's text side leads nowhere
+        if other is not None and parameter.grad is not None and other.abs().max() > 0:
+            assert torch.cosine_similarity(parameter.grad.flatten(), other.flatten(), dim=0) > 0.95
+    with torch.no_grad():
+        coarse, fine = (each.velocity(x, torch.full((3,), 0.4), conditioning) for each in (policy, reference))
+    assert 0 < (coarse - fine).abs().max() < 0.05 * fine.abs().max()
 
 
 def test_the_image_size_is_the_model_s_own_unless_given(random_sd3):

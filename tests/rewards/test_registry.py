@@ -19,7 +19,7 @@ from tiltflow.rewards import (
     RewardModelOutput,
     build_reward,
     build_reward_model,
-    check_metadata,
+    check_prompts,
     check_reward,
     reward_class,
 )
@@ -330,9 +330,9 @@ def test_metadata_that_some_prompts_lack_is_refused_before_the_model_loads() -> 
         match=r"reward 'mine' requires 'metadata', but 2 of 3 prompts of 'my\.txt' have none, the first being 'a dog'; "
         r"use a \.jsonl file",
     ):
-        check_metadata(rewards, prompts, source="my.txt")
+        check_prompts(rewards, prompts, source="my.txt")
 
 
 def test_metadata_that_all_prompts_have_or_no_reward_requires_is_fine() -> None:
-    check_metadata([entry("mine", f"{HERE}.NeedsMetadata")], [Prompt("a cat", {"tag": "colors"})], source="a")
-    check_metadata([entry("mine", f"{HERE}.MyPointwiseReward")], [Prompt("a cat")], source="a")
+    check_prompts([entry("mine", f"{HERE}.NeedsMetadata")], [Prompt("a cat", {"tag": "colors"})], source="a")
+    check_prompts([entry("mine", f"{HERE}.MyPointwiseReward")], [Prompt("a cat")], source="a")

@@ -7,7 +7,7 @@ import torch
 
 from tiltflow.algorithms import RAM, RAMConfig
 from tiltflow.data import PromptStream
-from tiltflow.errors import ConfigError, GeometryError, RewardError
+from tiltflow.errors import ConfigError, GeometryError, RewardError, TrainingError
 from tiltflow.rewards import RewardArguments, RewardEngine
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.testing import ToyPolicy
@@ -44,6 +44,38 @@ def test_reward_metrics_are_the_moments_of_the_scores():
     scores = epoch.table.column("r").double()
     assert epoch.metrics["reward/r/mean"] == pytest.approx(scores.mean().item(), abs=1e-6)
     assert epoch.metrics["reward/r/std"] == pytest.approx(scores.std(unbiased=False).item(), abs=1e-6)
+
+
+def place(policy, *, theta, old, ema):
+    """Set the mean of theta and of its snapshots; the reference stays where the policy was made."""
+    means = {"theta.mean": theta, "old.mean": old, "ema.mean": ema}
+    values = {name: torch.full(policy.latent_shape, value) for name, value in means.items()}
+    policy.weights.load_state(policy.weights.state() | values)
+
+
+def test_rollouts_come_from_old():
+    policy = ToyPolicy(mean=0.5)
+    place(policy, theta=1.0, old=2.0, ema=4.0)
+    found = toy_trainer(policy=policy).run_epoch(1).table.column("r")
+    means = {"ref": 0.5, "theta": 1.0, "old": 2.0, "ema": 4.0}
+    made = {name: toy_trainer(policy=ToyPolicy(mean=mean)).run_epoch(1) for name, mean in means.items()}
+    assert {name: torch.equal(found, epoch.table.column("r")) for name, epoch in made.items()} == {
+        "ref": False,
+        "theta": False,
+        "old": True,
+        "ema": False,
+    }
+
+
+def test_the_update_moves_theta_though_the_rollout_used_old():
+    policy = ToyPolicy()
+    place(policy, theta=1.0, old=2.0, ema=4.0)
+    toy_trainer(policy=policy, lr=0.05, weight_decay=0.0).run_epoch(1)
+    moved = policy.mean.item() - 1.0
+    assert abs(moved) == pytest.approx(0.05, rel=1e-3)  # Adam's first step has the length of the learning rate
+    state = policy.weights.state()
+    assert state["old.mean"].item() == pytest.approx(0.01 * 2.0 + 0.99 * (1.0 + moved), abs=1e-6)
+    assert state["ema.mean"].item() == pytest.approx(0.9 * 4.0 + 0.1 * (1.0 + moved), abs=1e-6)
 
 
 def test_old_follows_by_the_algorithms_decay_and_ema_by_the_configs():
@@ -100,7 +132,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     policy = ToyPolicy()
     trainer = toy_trainer(policy=policy)
     trainer.algorithm.config = RAMConfig(reward_multiplier=1e38, num_noisings=2)
-    with pytest.raises(RewardError, match="gradient is NaN or infinite"):
+    with pytest.raises(TrainingError, match="gradient is NaN or infinite"):
         trainer.run_epoch(1)
     assert policy.mean.item() == 0
 
@@ -133,6 +165,23 @@ def test_saving_and_loading_continues_exactly(tmp_path):
     assert second.epoch == 3
     expected, found = whole.policy.weights.state(), second.policy.weights.state()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_on_resume_the_config_decides_on_the_options_and_the_checkpoint_on_the_moments(tmp_path):
+    first = toy_trainer(lr=0.05)
+    first.run_epoch(1)
+    first.save(tmp_path)
+    second = toy_trainer(lr=0.01, betas=(0.8, 0.95), weight_decay=0.03, adam_eps=1e-6)
+    second.load(tmp_path)
+    (group,) = second.optimizer.param_groups
+    chosen = {name: group[name] for name in ("lr", "betas", "weight_decay", "eps")}
+    assert chosen == {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.03, "eps": 1e-6}
+    saved, loaded = (trainer.optimizer.state_dict()["state"] for trainer in (first, second))
+    assert saved.keys() == loaded.keys() == {0, 1}
+    for index, moments in saved.items():
+        assert moments["step"] == 1
+        assert all(torch.equal(value, loaded[index][name]) for name, value in moments.items())
+    assert second.run_epoch(2).metrics["lr"] == 0.01
 
 
 def test_a_checkpoint_of_another_seed_or_model_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from tiltflow.config import RunConfig, read_yaml, run_config
 from tiltflow.data import PromptStream, load_prompts
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_metadata
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts
 from tiltflow.runtime.checkpoint import verify_checkpoint
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import Trainer, check_geometry
@@ -46,7 +46,7 @@ def build_trainer(config: RunConfig, distributed: Distributed) -> Trainer:
     check_geometry(config.train, distributed.world_size)
     prompts = load_prompts(config.data.prompts, split="train", blocklist=config.data.blocklist)
     stream = PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares)
-    check_metadata(config.rewards, prompts, source=config.data.prompts)
+    check_prompts(config.rewards, prompts, source=config.data.prompts)
     algorithm, _ = ALGORITHMS[config.train.trainer_type]
     engine = RewardEngine(
         config.rewards, factory=lambda arguments: build_reward_model(arguments, distributed.accelerator)

@@ -1,5 +1,6 @@
 """`tiltflow evaluate`: a checkpoint or a model, its prompts and rewards, and a result file."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewa
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_metadata
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import load_weights
 
@@ -25,8 +26,9 @@ def run_evaluation(
     rewards: str | None,
     overrides: Sequence[tuple[str, str]],
     output_dir: Path | None,
+    name: str | None = None,
 ) -> EvaluationResult:
-    """Evaluate a checkpoint, or a model without one, and write its results as JSON.
+    """Evaluate a checkpoint, or a model without one; write the result as JSON and print it as `RESULT` lines.
 
     Args:
         checkpoint: A folder such as `outputs/<run>/latest`; the run's config is found beside it.
@@ -34,7 +36,9 @@ def run_evaluation(
         prompts: A named set or a file; None takes the run's evaluation prompts.
         rewards: YAML; None takes the run's `eval_rewards`, or else its `rewards`.
         overrides: Keys of `policy` and `evaluation`.
-        output_dir: Where the results go; None: `evaluations/` beside the checkpoint, or `outputs/evaluations`.
+        output_dir: Where the results go; None: `evaluate/` beside the checkpoint (the run's own results are in
+            `evaluations/`), or `outputs/evaluate`.
+        name: Of the result; None: the checkpoint's or the model's.
 
     Raises:
         ConfigError: An argument is missing, unknown or wrong.
@@ -48,30 +52,36 @@ def run_evaluation(
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
     lines = load_prompts(source, split="test", blocklist=found.data.blocklist if found else ())
     arguments = _rewards(rewards, found, config.policy.model_name)
-    check_metadata(arguments, lines, source=source)
+    check_prompts(arguments, lines, source=source)
     distributed = Distributed()
     try:
         engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, distributed.accelerator))
         policy = build_policy(config.policy, device=distributed.device, seed=found.seed if found else 0)
         if checkpoint is not None:
             load_weights(policy, checkpoint)
-        directory = output_dir or (checkpoint.parent / "evaluations" if checkpoint else Path("outputs", "evaluations"))
+        directory = output_dir or (checkpoint.parent / "evaluate" if checkpoint else Path("outputs", "evaluate"))
         with torch.no_grad(), policy.weights.using("ema"):
             result = evaluate(
                 policy,
                 engine,
                 lines,
                 config=config.evaluation,
-                name=checkpoint.resolve().name if checkpoint else "pretrained",
-                image_dir=directory,
+                name=name or _name(checkpoint, config.policy.model_name),
                 distributed=distributed,
             )
         result = replace(result, settings={**result.settings, **described(config.policy, source, arguments)})
-        if distributed.is_main:
-            result.save(directory)
+        with distributed.together():
+            if distributed.is_main:
+                result.save(directory)
+                print("\n".join(result.result_lines()))
     finally:
         distributed.close()
     return result
+
+
+def _name(checkpoint: Path | None, model_name: str) -> str:
+    """Return what a result is called: the checkpoint's folder, or the model's name as a file name."""
+    return checkpoint.resolve().name if checkpoint else re.sub(r"[^\w.-]+", "_", model_name).strip("._-")
 
 
 def _rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:

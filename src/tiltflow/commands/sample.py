@@ -42,6 +42,7 @@ def run_sampling(
     values = {"policy": policy_values, "sampler": evaluation.sampler.model_dump()}
     config: SampleConfig = configure(SampleConfig, values, overrides, source="sample")
     distributed = Distributed()
+    is_main = distributed.is_main
     try:
         policy = build_policy(config.policy, device=distributed.device, seed=seed)
         if checkpoint is not None:
@@ -57,6 +58,8 @@ def run_sampling(
             )
     finally:
         distributed.close()
+    if not is_main:
+        return []
     make_folder(output_dir)
     files = [output_dir / "grid.png"]
     save_grid(samples.images, files[0], columns=count)

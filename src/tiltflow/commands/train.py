@@ -1,7 +1,8 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
-from tiltflow.policies.sd3 import SD3Policy
 from tiltflow.report import write_report
-from tiltflow.rewards import RewardEngine, build_reward_model, check_metadata
+from tiltflow.rewards import RewardEngine, build_reward_model, check_prompts
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
@@ -55,7 +55,7 @@ def run_training(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
     run_dir = Path(str(config.output_dir))
     try:
         eval_prompts = load_prompts(config.data.eval_prompts, split="test", blocklist=config.data.blocklist)
-        check_metadata(config.eval_rewards or config.rewards, eval_prompts, source=config.data.eval_prompts)
+        check_prompts(config.eval_rewards or config.rewards, eval_prompts, source=config.data.eval_prompts)
         trainer = build_trainer(config, distributed)
         _run(trainer, config, run_dir, eval_prompts, distributed)
     finally:
@@ -68,34 +68,49 @@ def _run(
 ) -> None:
     store = CheckpointStore(run_dir, keep=config.checkpoint.keep)
     resumed = _resume(trainer, config, store, distributed)
+    evaluator = Evaluator(config, trainer, eval_prompts, directory=run_dir / "evaluations")
+    with _trackers(config, run_dir, trainer.epoch if resumed else None, distributed) as trackers:
+        evaluator.report_to(trackers, first_step=trainer.epoch + 1 if resumed else 0)
+        enabled = distributed.is_main and config.tracking.console
+        with ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
+            evaluator.once("before", "ref", epoch=0, status=bar.status)
+            _evaluate_if_due(evaluator, config, trainer.epoch, bar)  # a kill may have come between save and evaluation
+            bar.begin()
+            for epoch in trainer.run(status=bar.status):
+                _after_epoch(epoch, trainer, config, store, trackers, bar)
+                _evaluate_if_due(evaluator, config, epoch.number, bar)
+            evaluator.once("after", "ema", epoch=trainer.epoch, status=bar.status)
+    with distributed.together():
+        if distributed.is_main:
+            print(f"report: {write_report(run_dir)}")
+
+
+@contextmanager
+def _trackers(
+    config: RunConfig, run_dir: Path, resumed_after: int | None, distributed: Distributed
+) -> Iterator[TrackerGroup]:
+    """Write the config into the run's folder and start its trackers on the main process; the others have none."""
     trackers = TrackerGroup([])
-    if distributed.is_main:
-        make_folder(run_dir)
-        write_atomically(run_dir / CONFIG_FILE, dump(config))
-        trackers = build_trackers(
-            config.tracking,
-            run_dir,
-            run_name=run_dir.name,
-            run_config=config.model_dump(mode="json"),
-            resume_step=trainer.epoch + 1 if resumed else None,
-        )
-    if config.policy.unload_text_encoders:
-        _encode_all(trainer, eval_prompts)
-    evaluator = Evaluator(
-        config, trainer, eval_prompts, directory=run_dir / "evaluations", trackers=trackers, log_known=not resumed
-    )
-    enabled = distributed.is_main and config.tracking.console
-    with trackers, ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
-        evaluator.once("before", "ref", epoch=0, status=bar.status)
-        bar.begin()
-        for epoch in trainer.run(status=bar.status):
-            _after_epoch(epoch, trainer, config, store, trackers, bar)
-            every = config.train.evaluate_every
-            if every is not None and epoch.number % every == 0 and epoch.number < config.train.epochs:
-                evaluator.once(f"epoch_{epoch.number:06d}", "ema", epoch=epoch.number, status=bar.status)
-        evaluator.once("after", "ema", epoch=trainer.epoch, status=bar.status)
-    if distributed.is_main:
-        print(f"report: {write_report(run_dir)}")
+    with distributed.together():
+        if distributed.is_main:
+            make_folder(run_dir)
+            trackers = build_trackers(
+                config.tracking,
+                run_dir,
+                run_name=run_dir.name,
+                run_config=config.model_dump(mode="json"),
+                resume_step=None if resumed_after is None else resumed_after + 1,
+            )
+            write_atomically(run_dir / CONFIG_FILE, dump(config))
+    with trackers:
+        yield trackers
+
+
+def _evaluate_if_due(evaluator: "Evaluator", config: RunConfig, epoch: int, bar: ProgressBar) -> None:
+    """Evaluate the weights of an epoch that `train.evaluate_every` names; the last one is evaluated as "after"."""
+    every = config.train.evaluate_every
+    if every is not None and 0 < epoch < config.train.epochs and epoch % every == 0:
+        evaluator.once(f"epoch_{epoch:06d}", "ema", epoch=epoch, status=bar.status)
 
 
 def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distributed: Distributed) -> bool:
@@ -176,8 +191,6 @@ class Evaluator:
         prompts: Sequence[Prompt],
         *,
         directory: Path,
-        trackers: TrackerGroup,
-        log_known: bool,
     ):
         """Build the evaluation rewards.
 
@@ -186,15 +199,13 @@ class Evaluator:
             trainer: Whose policy is measured; its rewards serve unless the config has `eval_rewards`.
             prompts: The evaluation prompts.
             directory: Where results are kept.
-            trackers: Told the `eval/` metrics and the kept images.
-            log_known: Tell the trackers also of results that are already there: they have forgotten them.
         """
         self._trainer = trainer
         self._prompts = prompts
         self._run = config
         self._directory = directory
-        self._trackers = trackers
-        self._log_known = log_known
+        self._trackers = TrackerGroup([])
+        self._first_step = 0
         self._distributed = trainer.distributed
         self._engine = trainer.engine
         if config.eval_rewards:
@@ -203,13 +214,24 @@ class Evaluator:
                 config.eval_rewards, factory=lambda reward: build_reward_model(reward, accelerator)
             )
 
+    def report_to(self, trackers: TrackerGroup, *, first_step: int) -> None:
+        """Tell trackers the `eval/` metrics and pictures.
+
+        Args:
+            trackers: Those of this process.
+            first_step: What they knew of this step and later ones they have forgotten, so that results which are
+                already there are told again.
+        """
+        self._trackers = trackers
+        self._first_step = first_step
+
     def once(self, name: str, snapshot: Snapshot, *, epoch: int, status: Callable[[str], None]) -> None:
         """Evaluate a snapshot, shared by all processes, unless its result for this epoch is already there."""
         known: EvaluationResult | None = None
         with self._distributed.together():
             if self._distributed.is_main:
                 known = self._known(name, epoch)
-                if known is not None and self._log_known:
+                if known is not None and epoch >= self._first_step:
                     self._log(known, epoch)
         if self._distributed.gather(known is not None)[0]:
             return
@@ -221,7 +243,6 @@ class Evaluator:
                 self._prompts,
                 config=self._run.evaluation,
                 name=name,
-                image_dir=self._directory,
                 distributed=self._distributed,
                 progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
             )
@@ -234,10 +255,9 @@ class Evaluator:
     def _log(self, result: EvaluationResult, epoch: int) -> None:
         values = {f"eval/{key}": estimate.value for key, estimate in result.summary.items()}
         self._trackers.log(values, step=epoch)
-        kept = [(self._directory / row.image, row.prompt) for row in result.rows if row.image is not None]
-        here = [(path, prompt) for path, prompt in kept if path.is_file()]  # other nodes keep theirs
-        images = [_picture(path) for path, _ in here]
-        self._trackers.log_images(f"eval/{result.name}", images, [prompt for _, prompt in here], step=epoch)
+        kept = [(row.image, row.prompt) for row in result.rows if row.image is not None]
+        images = [result.pictures.get(place) or _picture(self._directory / place) for place, _ in kept]
+        self._trackers.log_images(f"eval/{result.name}", images, [prompt for _, prompt in kept], step=epoch)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
         measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)
@@ -254,14 +274,6 @@ class Evaluator:
 def _picture(path: Path) -> Image.Image:
     with Image.open(path) as file:
         return file.convert("RGB")
-
-
-def _encode_all(trainer: Trainer, eval_prompts: Sequence[Prompt]) -> None:
-    """Encode every prompt that the run can ask for, then drop the text encoders."""
-    policy = trainer.policy
-    assert isinstance(policy, SD3Policy)
-    policy.remember(["", *(prompt.text for prompt in (*trainer.stream.prompts, *eval_prompts))])
-    policy.unload_text_encoders()
 
 
 def _warn(message: str) -> None:

@@ -4,15 +4,14 @@ The noise of an image depends only on the seed, its prompt's place in the list a
 one config start from the same noise and their difference can be taken image by image.
 """
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Final
 
 import torch
-from PIL import Image
+from PIL.Image import Image as Picture
+from PIL.Image import fromarray
 from pydantic import Field
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, finite_
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine
 from tiltflow.runtime.distributed import Distributed
-from tiltflow.runtime.files import make_folder, write_atomically
 from tiltflow.training.rollout import SamplerConfig, rollout
 from tiltflow.types import Config, Prompt, RewardTable, SampleBatch
 
@@ -54,7 +52,6 @@ def evaluate(
     *,
     config: EvaluationConfig,
     name: str,
-    image_dir: Path | None = None,
     distributed: Distributed | None = None,
     progress: Progress = lambda done, total: None,
 ) -> EvaluationResult:
@@ -65,8 +62,7 @@ def evaluate(
         engine: The rewards.
         prompts: The evaluation prompts; a prompt's noise depends on its place in this list only.
         config: Sampler and sizes.
-        name: Of the result and of the folder of its images; letters, digits, `_`, `-` and `.`.
-        image_dir: The folder that the result will be saved in; images go to `<image_dir>/<name>/`. None keeps none.
+        name: Of the result and of the folder of its pictures; letters, digits, `_`, `-` and `.`.
         distributed: Shares the prompts over its processes; every one of them returns the whole result.
         progress: Told (images done, images in total) of this process.
 
@@ -79,9 +75,10 @@ def evaluate(
     chosen = choose_prompts(prompts, config.max_prompts)
     own = chosen if distributed is None else chosen[distributed.rank :: distributed.world_size]
     total = len(own) * config.images_per_prompt
-    kept = _kept_images(prompts, chosen, config) if image_dir is not None else set[tuple[int, int]]()
+    kept = _kept_images(prompts, chosen, config)
     per_chunk = max(1, _BATCHES_PER_CHUNK * config.batch_size // config.images_per_prompt)
     rows: list[EvaluationRow] = []
+    pictures: dict[str, Picture] = {}
     with distributed.together() if distributed is not None else nullcontext():
         for start in range(0, len(own), per_chunk):
             groups = own[start : start + per_chunk]
@@ -96,28 +93,30 @@ def evaluate(
                 progress=lambda images, _, done=done: progress(done + images, total),
             )
             table = engine.score(samples)
-            files = _write_images(samples, kept, image_dir / name) if image_dir is not None else {}
+            shown = _pictures(samples, kept, name, config.images_per_prompt)
+            pictures |= dict(shown.values())
             rows += [
-                _row(samples, table, index, sample=index % config.images_per_prompt, image=files.get(index))
+                _row(samples, table, index, sample=index % config.images_per_prompt, image=shown.get(index, (None,))[0])
                 for index in range(len(samples))
             ]
     if distributed is not None:
-        everyone = [row for part in distributed.gather(rows) for row in part]
-        rows = sorted(everyone, key=lambda row: (row.group, row.sample))
+        everyone = distributed.gather((rows, pictures))
+        rows = sorted((row for part, _ in everyone for row in part), key=lambda row: (row.group, row.sample))
+        pictures = {place: picture for _, part in everyone for place, picture in part.items()}
     settings = {**config.model_dump(mode="json"), "prompts": len(chosen), "images": len(rows)}
-    return EvaluationResult(name, settings, summarise(rows), rows)
+    return EvaluationResult(name, settings, summarise(rows), rows, pictures)
 
 
-def _write_images(samples: SampleBatch, kept: set[tuple[int, int]], folder: Path) -> dict[int, str]:
-    """Write the images of the kept (group, sample) and return their paths beside the result file, by row."""
-    files: dict[int, str] = {}
-    count = int((samples.groups == samples.groups[0]).sum())
-    for index, group in enumerate(samples.groups.tolist()):
-        sample = index % count
-        if (group, sample) in kept:
-            files[index] = f"{folder.name}/{group:05d}_{sample:02d}.png"
-            write_png(to_picture(samples.images[index]), folder.parent / files[index])
-    return files
+def _pictures(
+    samples: SampleBatch, kept: set[tuple[int, int]], name: str, count: int
+) -> dict[int, tuple[str, Picture]]:
+    """Return the kept images with their paths beside the result file, by row."""
+    places = [(group, index % count) for index, group in enumerate(samples.groups.tolist())]
+    return {
+        index: (f"{name}/{group:05d}_{sample:02d}.png", to_picture(samples.images[index]))
+        for index, (group, sample) in enumerate(places)
+        if (group, sample) in kept
+    }
 
 
 def choose_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[int]:
@@ -140,22 +139,10 @@ def choose_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[int]:
     return sorted(index for part in spaced for index in part)
 
 
-def to_picture(image: Tensor) -> Image.Image:
+def to_picture(image: Tensor) -> Picture:
     """Return the PIL image of `[3, H, W]` in [0, 1]."""
     pixels = (image.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(pixels.cpu().contiguous().numpy())
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all, and the folders above it.
-
-    Raises:
-        CheckpointError: The system refused to write.
-    """
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    make_folder(path.parent)
-    write_atomically(path, buffer.getvalue())
+    return fromarray(pixels.cpu().contiguous().numpy())
 
 
 def _check(engine: RewardEngine, prompts: Sequence[Prompt], name: str) -> None:

@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: one row per image, the summary of all rows, and the file that holds them."""
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +10,13 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tiltflow.errors import DataError
 from tiltflow.evaluation.statistics import Estimate, Floats, estimate_known, estimate_stratified
 from tiltflow.rewards.geneval import TAGS
-from tiltflow.runtime.files import make_folder, write_atomically
+from tiltflow.runtime.files import make_folder, remove, write_atomically
 
 _TAGGED: Final = frozenset(
     {"tag", "correct", "strict", "partial"}
@@ -41,6 +43,7 @@ class EvaluationResult:
     settings: Mapping[str, Any]
     summary: Mapping[str, Estimate]
     rows: Sequence[EvaluationRow]
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict[str, Image.Image], repr=False, compare=False)
 
     def result_lines(self) -> list[str]:
         """Return `RESULT <key>=<value>` lines, six significant digits; `<key>_low` and `_high` too."""
@@ -52,14 +55,25 @@ class EvaluationResult:
         return lines
 
     def save(self, directory: Path) -> Path:
-        """Write `<directory>/<name>.json`, whole or not at all; a missing number is null.
+        """Write the pictures, then `<directory>/<name>.json`; a missing number is null.
+
+        An earlier result of the name goes first: a kill on the way leaves none, never new pictures under old scores.
 
         Raises:
             CheckpointError: The system refused to write.
         """
         make_folder(directory)
         path = directory / f"{self.name}.json"
-        write_atomically(path, json.dumps(plain(asdict(self)), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        remove(path)
+        for place, picture in self.pictures.items():
+            write_png(picture, directory / place)
+        content = {
+            "name": self.name,
+            "settings": self.settings,
+            "summary": {key: asdict(item) for key, item in self.summary.items()},
+            "rows": [asdict(row) for row in self.rows],
+        }
+        write_atomically(path, json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         return path
 
     @classmethod
@@ -78,6 +92,18 @@ class EvaluationResult:
             raise DataError(f"evaluation {path} cannot be read: {error.strerror}; run `tiltflow evaluate`") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is no evaluation result ({error!r}); remove it and evaluate again") from error
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all, and the folders above it.
+
+    Raises:
+        CheckpointError: The system refused to write.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    make_folder(path.parent)
+    write_atomically(path, buffer.getvalue())
 
 
 def summarise(rows: Sequence[EvaluationRow]) -> dict[str, Estimate]:

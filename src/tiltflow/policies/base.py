@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tiltflow.errors import ConfigError
 from tiltflow.policies.parameters import PolicyWeights
 from tiltflow.types import Conditioning
 
@@ -53,7 +52,7 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Compute the embeddings of prompts, `[B, ...]`, without looking into the cache."""
+        """Compute the embeddings of prompts, `[B, ...]`, each the same whatever the others; knows of no cache."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -67,29 +66,12 @@ class Policy(ABC):
     def export(self, directory: Path) -> None:
         """Write the weights in use so that the family's stock pipeline loads them from `directory`."""
 
-    def remember(self, prompts: Sequence[str]) -> None:
-        """Encode prompts into the cache, so that they can be used without the text encoders.
-
-        Raises:
-            ConfigError: They are more than the cache holds.
-        """
-        count = len(set(prompts))
-        if count > self._prompt_cache.capacity:
-            raise ConfigError(
-                f"policy.prompt_cache_size={self._prompt_cache.capacity} holds fewer than the run's {count} prompts; "
-                f"raise it to {count}, or keep the encoders with policy.unload_text_encoders=false"
-            )
-        self._encode_missing(prompts)
-
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Return the embeddings of prompts, float32 `[B, ...]`, each unique prompt computed once and cached."""
-        self._encode_missing(prompts)
+        missing = self._prompt_cache.missing(prompts)
+        if missing:
+            self._prompt_cache.put(missing, self.encode(missing))
         return self._prompt_cache.get(prompts, self.device)
-
-    def _encode_missing(self, prompts: Sequence[str]) -> None:
-        # One by one: the last bits of an embedding depend on its batch mates, and a resumed run meets others.
-        for prompt in self._prompt_cache.missing(prompts):
-            self._prompt_cache.put([prompt], self.encode([prompt]))
 
     def negative(self, count: int) -> Conditioning:
         """Return the embeddings of the empty prompt, `[count, ...]`."""

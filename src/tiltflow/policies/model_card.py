@@ -51,7 +51,7 @@ def model_card(pipe: Any, phases: Sequence[Mapping[str, Any]]) -> str:
     Args:
         pipe: The finished pipeline.
         phases: One entry per pretraining run, the first from scratch; each has `loss`, `seconds`, `threads`, `torch`
-            and `config`, and the first also `autoencoder_loss` and `autoencoder_seconds`.
+            and `config`, the first also `autoencoder_loss` and `autoencoder_seconds`; `note` is optional.
     """
     modules = {
         "transformer": pipe.transformer,
@@ -90,6 +90,8 @@ def _phase(number: int, phase: Mapping[str, Any]) -> str:
             f"{training['steps']:,} steps of {training['batch_size']}; final loss {phase['autoencoder_loss']:.5f}; "
             f"{phase['autoencoder_seconds']:.0f} s with encoding"
         )
+    if "note" in phase:
+        rows["note"] = phase["note"]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     start = "from scratch" if config["init_from"] is None else "from the phase before"
     return f"Phase {number}, {start}:\n\n| what | value |\n|---|---|\n{table}"

@@ -53,21 +53,18 @@ class SD3Config(Config):
     width: int | None = Field(default=None, ge=16, multiple_of=16)
     max_sequence_length: int = Field(default=128, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"  # of the transformer's arithmetic; trained weights are always fp32
-    frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the transformer's untrained weights under LoRA
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # of the transformer's untrained weights under LoRA
     text_encoder_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
-    unload_text_encoders: bool = False
+    unload_text_encoders: bool = False  # they wait in main memory while they have nothing to encode
     prompt_cache_size: int = Field(default=4096, ge=1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SD3Config":
         if self.precision == "fp32" and self.frozen_dtype != "fp32":
             raise ValueError(f"precision=fp32 cannot compute with frozen_dtype={self.frozen_dtype}; set it to fp32")
-        if self.finetune == "full" and self.unload_text_encoders:
-            raise ValueError(
-                "unload_text_encoders=true drops a part of the pipeline that a checkpoint of finetune=full holds; set "
-                "it to false, or finetune to lora"
-            )
+        if self.finetune == "full" and self.frozen_dtype != "fp32":
+            raise ValueError(f"frozen_dtype={self.frozen_dtype} has no use with finetune=full; leave it out")
         return self
 
 
@@ -114,25 +111,25 @@ class SD3Policy(Policy):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Compute prompt embeddings through the pipeline's own encoders.
+        """Compute prompt embeddings through the pipeline's own encoders, each prompt by itself.
 
-        Raises:
-            ConfigError: The text encoders were unloaded and a new prompt came.
+        The last bits of an embedding depend on its batch mates, and a resumed run would meet others.
         """
-        if self.pipe.text_encoder is None:
-            raise ConfigError(
-                f"prompt {prompts[0]!r} has no cached embedding and policy.unload_text_encoders=true has dropped the "
-                "text encoders; raise policy.prompt_cache_size or keep the encoders"
+        self._move_text_encoders(self.device)
+        rows: list[Conditioning] = []
+        for prompt in prompts:
+            tokens, _, pooled, _ = self.pipe.encode_prompt(
+                prompt=[prompt],
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.config.max_sequence_length,
             )
-        tokens, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts),
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.config.max_sequence_length,
-        )
-        return Conditioning({"encoder_hidden_states": tokens, "pooled_projections": pooled})
+            rows.append(Conditioning({"encoder_hidden_states": tokens.cpu(), "pooled_projections": pooled.cpu()}))
+        if self.config.unload_text_encoders:
+            self._move_text_encoders(torch.device("cpu"))
+        return Conditioning.cat(rows)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -161,11 +158,6 @@ class SD3Policy(Policy):
             directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
         )
 
-    def unload_text_encoders(self) -> None:
-        """Free the text encoders; from now on only cached prompts can be used."""
-        for name in TEXT_ENCODERS:
-            setattr(self.pipe, name, None)
-
     def _latent_shape(self) -> tuple[int, ...]:
         network = self.transformer.config
         factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
@@ -180,26 +172,33 @@ class SD3Policy(Policy):
             shape.append(size // factor)
         return tuple(shape)
 
+    def _move_text_encoders(self, device: torch.device) -> None:
+        for name in TEXT_ENCODERS:
+            encoder = getattr(self.pipe, name)
+            if encoder is not None:
+                encoder.to(device)
+
     def _freeze(self) -> None:
         for name in TEXT_ENCODERS:
             encoder = getattr(self.pipe, name)
             if encoder is not None:
-                encoder.requires_grad_(False).eval().to(self.device)
+                encoder.requires_grad_(False).eval()
         self.pipe.vae.requires_grad_(False).eval().to(self.device, torch.float32)
         self.transformer.requires_grad_(False).eval()
 
     def _lora(self, seed: int) -> PolicyWeights:
         options = self.config.lora
         self.transformer.to(self.device, DTYPES[self.config.frozen_dtype])
-        torch.manual_seed(seed)
-        self.transformer.add_adapter(
-            LoraConfig(
-                r=options.rank,
-                lora_alpha=options.alpha,
-                init_lora_weights="gaussian",
-                target_modules=list(options.targets),
+        with torch.random.fork_rng():  # peft draws the first weights from the global generator
+            torch.manual_seed(seed)
+            self.transformer.add_adapter(
+                LoraConfig(
+                    r=options.rank,
+                    lora_alpha=options.alpha,
+                    init_lora_weights="gaussian",
+                    target_modules=list(options.targets),
+                )
             )
-        )
         trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         for parameter in trainable.values():
             parameter.data = parameter.data.float()

@@ -46,9 +46,14 @@ def build_tiny_sd3(config: TinySD3Config, captions: Sequence[str], *, seed: int)
         seed: Seeds the initial weights.
 
     Returns:
-        A stock pipeline. Its T5 encoder answers zeros (see `_silent_t5`), so `max_sequence_length=0` loses nothing.
+        A stock pipeline. Its T5 encoder answers zeros (see `_silent_t5`), so `max_sequence_length=1` loses nothing.
     """
-    torch.manual_seed(seed)
+    with torch.random.fork_rng():  # the classes draw their first weights from the global generator
+        torch.manual_seed(seed)
+        return _build(config, captions)
+
+
+def _build(config: TinySD3Config, captions: Sequence[str]) -> StableDiffusion3Pipeline:
     tokenizer = build_tokenizer(captions, max_length=config.text_tokens)
     first, second = (
         _text_encoder(tokenizer, width, layers, config.text_tokens)

@@ -109,12 +109,17 @@ def read_run(run_dir: Path) -> Run:
         raise DataError(f"run folder {run_dir} does not exist; give the output_dir of a run")
     problems: list[str] = []
     config = run_dir / "config.yaml"
+    metrics = _metrics(run_dir / "metrics.jsonl", problems)
+    after = _result(run_dir / "evaluations" / "after.json", problems)
+    trained = max((row["step"] for row in metrics if "loss" in row), default=0)
+    if after is not None and after.settings.get("epoch", trained) < trained:
+        after = None  # the run was extended: its end is not measured yet
     return Run(
         run_dir,
-        _metrics(run_dir / "metrics.jsonl", problems),
+        metrics,
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         _result(run_dir / "evaluations" / "before.json", problems),
-        _result(run_dir / "evaluations" / "after.json", problems),
+        after,
         problems,
     )
 

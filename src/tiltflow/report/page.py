@@ -175,7 +175,9 @@ def _evaluation_figure(run: Run) -> Figure:
     ]
     text = "Scores on the evaluation prompts, which training never sees."
     series = [Series(key, *run.curve(f"eval/{key}")) for key in keys[:4]]
-    return Figure("Evaluation while training", text, Markup(line_chart(series, title="Evaluation by epoch")))
+    # Before and after alone stand in the table above: two points are no curve.
+    drawn = [each for each in series if len(each.x) > 2]
+    return Figure("Evaluation while training", text, Markup(line_chart(drawn, title="Evaluation by epoch")))
 
 
 def _figure(run: Run, key: str, title: str, text: str, *, log: bool = False) -> Figure:

@@ -12,7 +12,7 @@ from tiltflow.rewards.registry import (
     REWARDS,
     build_reward,
     build_reward_model,
-    check_metadata,
+    check_prompts,
     check_reward,
     reward_class,
 )
@@ -27,7 +27,7 @@ __all__ = [
     "RewardModelOutput",
     "build_reward",
     "build_reward_model",
-    "check_metadata",
+    "check_prompts",
     "check_reward",
     "reward_class",
 ]

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiltflow.types import Config
+from tiltflow.types import Config, Prompt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
@@ -70,6 +70,10 @@ class RewardModel(ABC):
     def options(self) -> Any:
         """The reward's own options as an instance of its `Options` class."""
         return self.Options.model_validate(dict(self.config.options))
+
+    @classmethod  # noqa: B027  # most rewards can score any prompt
+    def check_prompt(cls, prompt: Prompt) -> None:
+        """Raise a TiltflowError if a prompt can never be scored; asked before any model is loaded."""
 
     @abstractmethod
     def __call__(

@@ -140,7 +140,10 @@ def _clauses(metadata: Mapping[str, Any], key: Literal["include", "exclude"]) ->
     """Read and check one list of clauses; an absent list is empty."""
     fields = _INCLUDE_FIELDS if key == "include" else _EXCLUDE_FIELDS
     clauses: list[_Clause] = []
-    for index, entry in enumerate(metadata.get(key, ())):
+    entries = metadata.get(key, ())
+    if not isinstance(entries, list | tuple):
+        raise DataError(f"metadata {key} is {entries!r}; it must be a list of mappings with class and count")
+    for index, entry in enumerate(entries):
         where = f"metadata {key}[{index}] is {entry!r}"
         if not isinstance(entry, Mapping) or not fields.issuperset(entry):
             raise DataError(f"{where}; it must be a mapping with no keys but {', '.join(sorted(fields))}")
@@ -148,7 +151,8 @@ def _clauses(metadata: Mapping[str, Any], key: Literal["include", "exclude"]) ->
         if not isinstance(label, str) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise DataError(f"{where}; it needs class (text) and count (a whole number from 1)")
         if position is not None:
-            if len(position) != 2 or position[0] not in RELATIONS or position[1] not in range(index):
+            is_pair = isinstance(position, list | tuple) and len(position) == 2
+            if not is_pair or position[0] not in RELATIONS or position[1] not in range(index):
                 raise DataError(f"{where}; position is [{' | '.join(RELATIONS)}, index of an earlier clause]")
             position = (position[0], position[1])
         clauses.append(_Clause(label, count, entry.get("color"), position))

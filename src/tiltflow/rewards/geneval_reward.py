@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.geneval import Detection, GenevalResult, score_detections
-from tiltflow.types import Config
+from tiltflow.types import Config, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class".
 DETECTORS: Mapping[str, str] = {"shapes": "tiltflow.demo.detector:ShapeDetector"}
@@ -51,6 +51,15 @@ class GenevalReward(PointwiseRewardModel):
         """
         super().__init__(config, accelerator)
         self._detector: Detector = detector_class(self.options.detector)()
+
+    @classmethod
+    def check_prompt(cls, prompt: Prompt) -> None:
+        """Check the metadata of a prompt.
+
+        Raises:
+            DataError: It is malformed.
+        """
+        score_detections([], prompt.metadata)
 
     def __call__(
         self,

@@ -135,7 +135,8 @@ class Pass:
             return error
 
     def _ask(self, rows: Sequence[int]) -> Answer:
-        return read_output(self.model(**self._media.fields(self.model, rows)), len(rows))
+        with torch.no_grad():
+            return read_output(self.model(**self._media.fields(self.model, rows)), len(rows))
 
     def _by_group(self) -> list[list[int]]:
         groups: dict[int, list[int]] = {}

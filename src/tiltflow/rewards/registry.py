@@ -94,8 +94,8 @@ def check_reward(arguments: RewardArguments) -> type[RewardModel]:
     return cls
 
 
-def check_metadata(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt], *, source: str) -> None:
-    """Check that every prompt has metadata if a reward requires it, before any model is loaded.
+def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt], *, source: str) -> None:
+    """Check that every reward can score every prompt, before any model is loaded.
 
     Args:
         rewards: The rewards that will score samples of these prompts.
@@ -103,15 +103,24 @@ def check_metadata(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt]
         source: What the config calls the set.
 
     Raises:
-        RewardError: A reward requires metadata that a prompt does not have; or there is no such reward.
+        RewardError: A reward requires metadata that a prompt does not have, or finds fault with a prompt; or there is
+            no such reward.
     """
     bare = [prompt.text for prompt in prompts if not prompt.metadata]
     for reward in rewards:
-        if "metadata" in reward_class(reward.reward_model).required_fields and bare:
+        cls = reward_class(reward.reward_model)
+        if "metadata" in cls.required_fields and bare:
             raise RewardError(
                 f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "
                 f'have none, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
             )
+        for prompt in prompts:
+            try:
+                cls.check_prompt(prompt)
+            except TiltflowError as error:
+                raise RewardError(
+                    f"reward {reward.name!r} cannot score the prompt {prompt.text!r} of {source!r}: {error}"
+                ) from error
 
 
 def build_reward_model(arguments: RewardArguments, accelerator: Any = None) -> RewardModel:

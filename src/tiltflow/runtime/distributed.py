@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tiltflow.errors import GeometryError, TiltflowError
 
 T = TypeVar("T")
+BUCKET = 25_000_000  # elements of a gradient message
 
 
 class Distributed:
@@ -45,15 +46,20 @@ class Distributed:
         return total.to(tensor.device)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over ranks, in one message."""
+        """Replace every gradient by its sum over ranks, a missing one counting as zero; a bucket is one message."""
         if self.world_size == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+        bucket: list[nn.Parameter] = []
+        for index, parameter in enumerate(parameters):
+            bucket.append(parameter)
+            if sum(p.numel() for p in bucket) >= BUCKET or index == len(parameters) - 1:
+                gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
+                flat = torch.cat([gradient.flatten() for gradient in gradients])
+                dist.all_reduce(flat)
+                pieces = flat.split([gradient.numel() for gradient in gradients])
+                for each, gradient, piece in zip(bucket, gradients, pieces, strict=True):
+                    each.grad = gradient.copy_(piece.view_as(gradient))
+                bucket = []
 
     def gather(self, item: T) -> list[T]:
         """Return every rank's object, in rank order."""

@@ -37,6 +37,18 @@ def make_folder(path: Path) -> None:
         raise CheckpointError(f"the folder {path} cannot be made: {error.strerror}; choose another place") from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file if it is there.
+
+    Raises:
+        CheckpointError: The system refuses.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be removed: {error.strerror}") from error
+
+
 def sync(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

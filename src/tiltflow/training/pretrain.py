@@ -29,7 +29,7 @@ from tiltflow.policies.model_card import machine, model_card
 from tiltflow.policies.sd3 import load_pipeline
 from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compact, text_embeddings
 from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
-from tiltflow.runtime.files import make_folder, write_atomically
+from tiltflow.runtime.files import make_folder, system_error, write_atomically, write_error
 from tiltflow.runtime.randomness import generator
 from tiltflow.types import Beta, Config
 
@@ -115,14 +115,34 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
     loss, seconds = train_transformer(
         pipe, latents, captions, config, store=CheckpointStore(run_dir / "transformer", keep=1), log=log
     )
-    phases.append({**made, "loss": loss, "seconds": seconds, **machine(), "config": config.model_dump(mode="json")})
-    final, temporary = run_dir / "model", run_dir / ".model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_compact(pipe, temporary)
-    (temporary / PHASES_FILE).write_text(json.dumps(phases, indent=1))
-    (temporary / "README.md").write_text(model_card(pipe, phases))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    # A further phase takes model and autoencoder as they are: its config says nothing about them.
+    unused = {"model", "autoencoder"} if config.init_from is not None else set[str]()
+    used = config.model_dump(mode="json", exclude=unused)
+    phases.append({**made, "loss": loss, "seconds": seconds, **machine(), "config": used})
+    return _publish(pipe, phases, run_dir)
+
+
+def _publish(pipe: Any, phases: list[dict[str, Any]], run_dir: Path) -> Path:
+    """Write the finished model beside its place and move it there whole; return its folder."""
+    final, temporary, former = (run_dir / name for name in ("model", ".model.tmp", ".model.former"))
+    try:
+        for leftover in (temporary, former):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        save_compact(pipe, temporary)
+        (temporary / PHASES_FILE).write_text(json.dumps(phases, indent=1))
+        (temporary / "README.md").write_text(model_card(pipe, phases))
+        if final.exists():
+            os.rename(final, former)
+        os.rename(temporary, final)
+        if former.exists():
+            shutil.rmtree(former)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise write_error("the finished model", run_dir, reason) from error
     return final
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiltflow.algorithms.base import Algorithm, Velocities
 from tiltflow.data.stream import PromptStream
-from tiltflow.errors import ConfigError, RewardError
+from tiltflow.errors import ConfigError, RewardError, TrainingError
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine, Scoring
 from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
@@ -58,14 +58,13 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch leaves behind for whoever watches.
+    """What one epoch leaves behind for whoever watches: no images, which would outlive their use by an epoch.
 
-    `metrics` are the same on every rank; `samples` and `table` are this rank's.
+    `metrics` are the same on every rank; `table` is this rank's.
     """
 
     number: int
     metrics: Mapping[str, float]
-    samples: SampleBatch = field(repr=False)
     table: RewardTable = field(repr=False)
 
 
@@ -125,7 +124,7 @@ class Trainer:
         weights.follow("old", decay=self.algorithm.old_decay(epoch))
         weights.follow("ema", decay=self.config.ema_decay)
         self.epoch = epoch
-        return Epoch(epoch, {**reward_metrics, **update_metrics, **clock.metrics()}, samples, table)
+        return Epoch(epoch, {**reward_metrics, **update_metrics, **clock.metrics()}, table)
 
     def save(self, directory: Path) -> None:
         """Write all that an exact continuation needs, and the evaluation weights in the family's stock format."""
@@ -180,9 +179,10 @@ class Trainer:
     def _limit_failures(self, table: RewardTable) -> None:
         failed = table.scores.isnan().double().sum(dim=0)
         counts = self.distributed.sum(torch.cat([failed, torch.tensor([float(len(table.scores))]).double()]))
-        for name, count in zip(table.names, counts[:-1].tolist(), strict=True):
+        weights = self.engine.weights.tolist()
+        for name, weight, count in zip(table.names, weights, counts[:-1].tolist(), strict=True):
             fraction = count / counts[-1].item()
-            if fraction > self.config.max_failure_fraction:
+            if weight != 0 and fraction > self.config.max_failure_fraction:
                 reasons = sorted({f"{f.kind}: {f.message}" for f in table.failures if f.reward == name})
                 raise RewardError(
                     f"reward {name!r} failed on {fraction:.0%} of the epoch's samples, more than "
@@ -241,7 +241,7 @@ class Trainer:
         limit = self.config.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
         if not torch.isfinite(norm):
-            raise RewardError(
+            raise TrainingError(
                 "the gradient is NaN or infinite; nothing was updated. The last checkpoint is intact: lower train.lr "
                 "or the algorithm's multiplier, or compute with policy.precision=fp32"
             )
