@@ -65,7 +65,29 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
     sample.set_defaults(run=_sample)
+
+    score = commands.add_parser("score", help="score image files", allow_abbrev=False)
+    score.add_argument(
+        "--rewards",
+        nargs="+",
+        required=True,
+        help="names, Python paths, or '{reward_model: Geneval, detector: shapes}'",
+    )
+    score.add_argument("--images", required=True, help="a folder, a glob pattern, or a .jsonl file of image and prompt")
+    score.add_argument("--prompts", help="a prompt file with a line per image")
+    score.add_argument("--output", type=Path, default=Path("outputs/scores.jsonl"), help=".jsonl, .csv or .parquet")
+    score.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
+    score.add_argument("--group_size", type=_positive, default=1, help="images in a row that belong to one group")
+    score.set_defaults(run=_score)
     return parser
+
+
+def _positive(text: str) -> int:
+    """Read a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: use at least 1")
+    return value
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +145,23 @@ def _sample(arguments: argparse.Namespace, overrides: Overrides) -> None:
         output_dir=arguments.output_dir,
     )
     print("\n".join(str(path) for path in files))
+
+
+def _score(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]} is no option of score; `tiltflow score --help` lists them")
+    from tiltflow.commands import run_scoring, summary_table
+
+    rows = run_scoring(
+        images=arguments.images,
+        rewards=arguments.rewards,
+        prompts=arguments.prompts,
+        output=arguments.output,
+        batch_size=arguments.batch_size,
+        group_size=arguments.group_size,
+    )
+    print(summary_table(rows))
+    print(f"rows: {arguments.output}")
 
 
 def _overrides(rest: Sequence[str]) -> Overrides:

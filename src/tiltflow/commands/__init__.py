@@ -4,6 +4,7 @@ from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, build_trainer
 from tiltflow.commands.evaluate import run_evaluation
 from tiltflow.commands.pretrain import run_pretraining
 from tiltflow.commands.sample import run_sampling
+from tiltflow.commands.score import run_scoring, summary_table
 from tiltflow.commands.train import run_training
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "run_evaluation",
     "run_pretraining",
     "run_sampling",
+    "run_scoring",
     "run_training",
+    "summary_table",
 ]

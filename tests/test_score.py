@@ -1,0 +1,189 @@
+"""`tiltflow score`: every source of images, every output, failures as rows, and going on after an interruption."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiltflow import cli
+from tiltflow.commands import score as score_module
+from tiltflow.data.images import find_images
+
+BRIGHTNESS = "tests.rewards_for_tests.Brightness"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Return a folder of five images of growing red, of two sizes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(5):
+        pixels = np.zeros((4 + index % 2, 6, 3), dtype=np.uint8)
+        pixels[..., 0] = 50 * index
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def score(tmp_path: Path, *arguments: Any, output: str = "scores.jsonl") -> Path:
+    """Run the command to its end and return its output file."""
+    path = tmp_path / output
+    assert cli.main(["score", *map(str, arguments), "--output", str(path)]) == 0
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_folder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(score(tmp_path, "--rewards", BRIGHTNESS, "--images", images))
+    assert [Path(row["image"]).name for row in rows] == [f"{index}.png" for index in range(5)]
+    assert [row["scores"]["Brightness"] for row in rows] == pytest.approx(
+        [10 * 50 * i / 255 for i in range(5)], abs=1e-5
+    )
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["reward", "images", "mean", "std", "min", "max", "failed"]
+    assert table[1].split() == ["Brightness", "5", "3.922", "2.773", "0", "7.843", "0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["images", "scores.jsonl"]
+
+
+def test_a_glob_with_prompts(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a star\na ring\n")
+    rows = rows_of(
+        score(
+            tmp_path,
+            *("--rewards", "tests.rewards_for_tests.NaNForStars"),
+            *("--images", f"{images}/[12].png", "--prompts", tmp_path / "prompts.txt"),
+        )
+    )
+    assert [row["prompt"] for row in rows] == ["a star", "a ring"]
+    assert [row["scores"]["NaNForStars"] is None for row in rows] == [True, False]
+    assert rows[0]["failures"] == {"NaNForStars": "not finite: the reward is NaN or infinite"}
+
+
+def test_a_jsonl_file_with_metadata(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (214, 214, 208)).save(tmp_path / "empty.png")
+    line = {"image": "empty.png", "prompt": "a photo of a star", "tag": "single_object"}
+    (tmp_path / "list.jsonl").write_text(json.dumps({**line, "include": [{"class": "star", "count": 1}]}) + "\n")
+    reward = "{reward_model: Geneval, detector: shapes, score: strict}"
+    (row,) = rows_of(score(tmp_path, "--rewards", reward, "--images", tmp_path / "list.jsonl"))
+    assert row["scores"] == {"Geneval": 0.0}
+    assert (row["info"]["Geneval"]["tag"], row["info"]["Geneval"]["correct"]) == ("single_object", False)
+
+
+def test_groups_of_images(images: Path, tmp_path: Path) -> None:
+    options = ("--rewards", "tests.rewards_for_tests.Rank", "--images", f"{images}/[0-3].png", "--group_size", 2)
+    rows = rows_of(score(tmp_path, *options))
+    assert [row["scores"]["Rank"] for row in rows] == [0.0, 0.5, 0.0, 0.5]
+    assert [row["info"]["Rank"]["size"] for row in rows] == [2] * 4
+
+
+def test_csv_and_several_rewards(images: Path, tmp_path: Path) -> None:
+    path = score(tmp_path, "--rewards", BRIGHTNESS, "tests.rewards_for_tests.Rank", "--images", images, output="s.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "prompt", "Brightness", "Rank", "Rank.size"]
+    assert float(rows[4]["Brightness"]) == pytest.approx(7.843137, abs=1e-5)
+
+
+def test_parquet(images: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, the extra 'parquet', is not installed")
+    path = score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="s.parquet")
+    assert parquet.read_table(path).column("Brightness").to_pylist()[1] == pytest.approx(1.960784, abs=1e-5)
+
+
+def test_parquet_without_pyarrow_is_told_before_anything_is_scored(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    arguments = ["score", "--rewards", BRIGHTNESS, "--images", str(images), "--output", str(tmp_path / "s.parquet")]
+    assert cli.main(arguments) == 2
+    assert "pip install 'tiltflow[parquet]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rows_of(score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="whole.jsonl"))
+    monkeypatch.setattr(score_module, "CHUNK", 2)
+    scored: list[str] = []
+    load = type(find_images(str(images))[0]).load
+
+    def loading(self: Any) -> Any:
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        scored.append(self.path.name)
+        return load(self)
+
+    monkeypatch.setattr("tiltflow.data.images.ImageFile.load", loading)
+    arguments = ["score", "--rewards", BRIGHTNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments)
+    part = tmp_path / "s.jsonl.part"
+    assert len(part.read_text().splitlines()) == 3  # what it is of, and two rows
+    part.write_text(part.read_text() + '{"image": "cut')
+    scored[:] = ["anything"] * 4
+    assert cli.main(arguments) == 0
+    assert scored[4:] == ["2.png", "3.png", "4.png"]
+    assert rows_of(tmp_path / "s.jsonl") == whole
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--rewards", "tests.rewards_for_tests.AllNaN"], "is of other images or rewards; remove it"),
+        (["--images", "IMAGES/*[0-3].png"], "is of other images or rewards; remove it"),
+    ],
+)
+def test_a_part_file_of_something_else_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
+    head = {"rewards": [], "images": 5}
+    (tmp_path / "s.jsonl.part").write_text(json.dumps(head) + "\n")
+    options = {"--rewards": BRIGHTNESS, "--images": str(images), change[0]: change[1].replace("IMAGES", str(images))}
+    words = [word for pair in options.items() for word in pair]
+    assert cli.main(["score", *words, "--output", str(tmp_path / "s.jsonl")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "nowhere"], "images 'nowhere': no image there; give a folder, a glob pattern or a .jsonl file"),
+        (["--images", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--images", "IMAGES", "--prompts", "TWO"], "5 images in"),
+        (["--images", "IMAGES", "--group_size", "2"], "--group_size 2 does not divide the 5 images"),
+        (["--images", "IMAGES", "--rewards", "Genevall"], "did you mean 'Geneval'?"),
+        (["--images", "IMAGES", "--rewards", "{reward_model: Geneval, detector: shapes}"], "requires 'metadata'"),
+        (["--images", "IMAGES", "--output", "s.xml"], "--output s.xml: ends in '.xml'; write .jsonl, .csv, .parquet"),
+        (["--images", "IMAGES", "--lr", "1"], "--lr is no option of score"),
+        (["--images", "BROKEN"], "cannot be read"),
+        (["--images", "NOIMAGE"], 'entry 1: has no "image"'),
+    ],
+)
+def test_bad_input(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    (tmp_path / "none.jsonl").write_text('{"prompt": "a star"}\n')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_text("no image")
+    places = {"IMAGES": images, "TWO": "two.txt", "BROKEN": "broken", "NOIMAGE": "none.jsonl"}
+    words = [str(places.get(word, word)) for word in arguments]
+    before = set(tmp_path.rglob("*"))
+    assert cli.main(["score", *(["--rewards", BRIGHTNESS] if "--rewards" not in words else []), *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+    assert [path for path in set(tmp_path.rglob("*")) - before if path.is_file()] == []
