@@ -63,7 +63,7 @@ HOMES: dict[str, set[str]] = {
     "accelerate": {"runtime"},
 }
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
-OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio"}
+OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",
