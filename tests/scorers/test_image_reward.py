@@ -164,7 +164,7 @@ def test_prompts_and_images_must_pair(scorer: ImageRewardScorer, images: Tensor)
 
 def test_half_precision_and_pickling(models: Path, scorer: ImageRewardScorer, images: Tensor) -> None:
     exact = scorer.score(images, PROMPTS)
-    assert torch.equal(pickle.loads(pickle.dumps(scorer)).score(images, PROMPTS), exact)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(scorer)).score(images, PROMPTS), exact)
     half = build(dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     scores = half.score(images, PROMPTS)
@@ -180,9 +180,9 @@ def load(state: dict[str, Tensor], folder: Path) -> ImageRewardScorer:
 def test_names_that_may_differ(scorer: ImageRewardScorer, images: Tensor, tmp_path: Path) -> None:
     expected = scorer.score(images, PROMPTS)
     without_unused = {name: value for name, value in random_state().items() if name not in IGNORED}
-    assert torch.equal(load(without_unused, tmp_path).score(images, PROMPTS), expected)
+    torch.testing.assert_close(load(without_unused, tmp_path).score(images, PROMPTS), expected)
     distributed = {f"module.{name}": value for name, value in random_state().items()}
-    assert torch.equal(load(distributed, tmp_path).score(images, PROMPTS), expected)
+    torch.testing.assert_close(load(distributed, tmp_path).score(images, PROMPTS), expected)
 
 
 @pytest.mark.parametrize(
