@@ -73,11 +73,11 @@ def test_the_endpoint_sees_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_that_cannot_be_read_is_a_failure_and_never_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve(
-        lambda body: (
-            completion({"Sorry": -0.1}) if sent_image(body).getpixel((0, 0)) == (0, 0, 0) else by_brightness(body)
-        )
-    )
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        black = sent_image(body).getpixel((0, 0)) == (0, 0, 0)
+        return completion({"Sorry": -0.1}) if black else by_brightness(body)
+
+    serve(monkeypatch, answer)
     options = {"model": "a-judge", "base_url": URL}
     rewards = [entry("deqa", "DeQAScore", batch_size=1, on_error="mask", options=options)]
     table = RewardEngine(rewards).score(batch([0.0, 1.0]))
