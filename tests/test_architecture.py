@@ -63,7 +63,7 @@ HOMES: dict[str, set[str]] = {
     "accelerate": {"runtime"},
 }
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
-OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio"}
+OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",
@@ -293,7 +293,8 @@ BAD: list[tuple[Check, str, str, str]] = [
     (check_frameworks, "rewards.clip", "from transformers import CLIPModel", "imports transformers"),
     (check_frameworks, "rewards.remote", "import fastapi", "imports fastapi"),
     (check_frameworks, "cli", "def f():\n    import uvicorn", "imports uvicorn"),
-    (check_frameworks, "rewards.base", "import openai", "imports openai"),
+    (check_frameworks, "rewards.base", "def f():\n    import openai", "imports openai"),
+    (check_frameworks, "rewards.judge", "import openai", "optional openai"),
     (check_frameworks, "serving.server", "import httpx", "imports httpx"),
     (check_frameworks, "serving.server", "import httpx2", "imports httpx2"),
     (check_frameworks, "training.trainer", "def f():\n    import wandb", "imports wandb"),

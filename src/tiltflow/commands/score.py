@@ -77,7 +77,7 @@ def run_scoring(
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a plain text table: a line per reward with images, mean, standard deviation, least, most and failures."""
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    lines = [("reward", "images", "mean", "std", "min", "max", "failed")]
+    lines: list[tuple[str, ...]] = [("reward", "images", "mean", "std", "min", "max", "failed")]
     for name in names:
         values = [row["scores"][name] for row in rows if row["scores"][name] is not None]
         count = len(values)

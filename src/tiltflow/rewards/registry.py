@@ -21,7 +21,9 @@ from tiltflow.types import Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class" in their config instead.
 REWARDS: Mapping[str, str] = {
+    "DeQAScore": "tiltflow.rewards.deqa:DeQAReward",
     "Geneval": "tiltflow.rewards.geneval_reward:GenevalReward",
+    "ImageReward": "tiltflow.rewards.image_reward:ImageRewardReward",
 }
 # Named by the packaged configs, not yet part of the package: such a config loads, running it tells so.
 UPCOMING = ("OCR", "PickScore")

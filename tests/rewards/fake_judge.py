@@ -1,0 +1,59 @@
+"""A judge behind an endpoint whose answers are a function: the real client over a fake transport."""
+
+import base64
+import functools
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Answer = Callable[[dict[str, Any]], Any]  # request body -> response body, or (status, response body)
+
+
+def completion(tokens: dict[str, float] | None) -> dict[str, Any]:
+    """Return an answer whose first token has these log-probabilities; None: it has none."""
+    entries = [{"token": token, "logprob": value, "bytes": None} for token, value in (tokens or {}).items()]
+    first = {"token": "x", "logprob": 0.0, "bytes": None, "top_logprobs": entries}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "a-judge",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "length",
+                "message": {"role": "assistant", "content": "x"},
+                "logprobs": None if tokens is None else {"content": [first]},
+            }
+        ],
+    }
+
+
+def sent_image(body: dict[str, Any]) -> Image.Image:
+    """Return the image of a request."""
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    assert url.startswith("data:image/png;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[Any]:
+    """Let every client made from now on speak to a function, and return the list that its requests will be in."""
+    openai = pytest.importorskip("openai")
+    httpx = pytest.importorskip("httpx2")
+    requests: list[Any] = []
+
+    def handle(request: Any) -> Any:
+        requests.append(request)
+        reply = answer(json.loads(request.content))
+        status, body = reply if isinstance(reply, tuple) else (200, reply)
+        if isinstance(body, str):
+            return httpx.Response(status, text=body, headers={"content-type": "text/html"})
+        return httpx.Response(status, json=body)
+
+    client = httpx.Client(transport=httpx.MockTransport(handle))
+    monkeypatch.setattr(openai, "OpenAI", functools.partial(openai.OpenAI, http_client=client))
+    return requests

@@ -1,0 +1,121 @@
+"""Judges behind an endpoint, over a fake transport: what is sent, what is read, and what is a failure."""
+
+import json
+import math
+import pickle
+import sys
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.rewards.fake_judge import completion, sent_image, serve
+from tiltflow.errors import RewardError
+from tiltflow.rewards import build_reward
+from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, weigh_words
+
+SETTINGS = EndpointSettings(base_url="http://judge.test/v1", model="a-judge", max_retries=0)
+WORDS = ("good", "bad")
+
+
+def test_what_is_sent_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = serve(monkeypatch, lambda body: completion({" Good": -0.5, "bad": -2.0}))
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    endpoint = ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"}))
+    image = Image.new("RGB", (5, 4), (10, 20, 30))
+    assert endpoint.first_token(image, "Good or bad?") == {" Good": -0.5, "bad": -2.0}
+    (request,) = requests
+    assert str(request.url) == "http://judge.test/v1/chat/completions"
+    assert request.headers["authorization"] == "Bearer secret"
+    body = json.loads(request.content)
+    content = body.pop("messages")
+    assert [part["type"] for part in content[0]["content"]] == ["image_url", "text"]
+    assert content[0]["content"][1]["text"] == "Good or bad?"
+    assert len(content) == 1
+    assert body == {
+        "model": "a-judge",
+        "temperature": 0.0,
+        "max_completion_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    assert sent_image(json.loads(request.content)).tobytes() == image.tobytes()
+
+
+def test_an_answer_can_be_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = serve(monkeypatch, lambda body: completion({"good": 0.0}))
+    ChatEndpoint(SETTINGS).first_token(Image.new("RGB", (4, 4)), "How is it?", answer="It is")
+    body = json.loads(requests[0].content)
+    assert body["messages"][1] == {"role": "assistant", "content": "It is"}
+    assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (
+            (500, {"error": {"message": "out of memory"}}),
+            r"'a-judge' at http://judge.test/v1 failed: InternalServerError",
+        ),
+        ((404, {"error": {"message": "no such model"}}), r"failed: NotFoundError: .*no such model"),
+        ((200, "<html>Hello</html>"), r"answered with no chat completion; base_url usually ends with /v1"),
+        (completion(None), "answered without log-probabilities"),
+        (completion({}), "answered without log-probabilities"),
+        ({**completion(None), "choices": []}, "answered without log-probabilities"),
+    ],
+)
+def test_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, reply: Any, message: str) -> None:
+    serve(monkeypatch, lambda body: reply)
+    with pytest.raises(RewardError, match=message):
+        ChatEndpoint(SETTINGS).first_token(Image.new("RGB", (4, 4)), "?")
+
+
+def test_a_passing_failure_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = iter([(500, {}), completion({"good": 0.0})])
+    requests = serve(monkeypatch, lambda body: next(replies))
+    endpoint = ChatEndpoint(SETTINGS.model_copy(update={"max_retries": 1}))
+    assert endpoint.first_token(Image.new("RGB", (4, 4)), "?") == {"good": 0.0}
+    assert len(requests) == 2
+
+
+def test_pickling_keeps_the_settings_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, lambda body: completion({"good": 0.0}))
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    text = pickle.dumps(ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"})))
+    assert b"secret" not in text
+    assert pickle.loads(text).first_token(Image.new("RGB", (4, 4)), "?") == {"good": 0.0}
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(RewardError, match="api_key_env='JUDGE_KEY': this environment variable is not set or empty"):
+        ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"}))
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(RewardError, match=r"base_url='http://x/v1' needs the package openai: .*'tiltflow\[judge\]'"):
+        build_reward("DeQAScore", device="cpu", model="m", base_url="http://x/v1")
+
+
+def test_words_are_weighed_among_themselves_and_spellings_together() -> None:
+    logprobs = {token: math.log(p) for token, p in {"Good": 0.3, " good": 0.2, "▁BAD\n": 0.1, "goodness": 0.4}.items()}
+    assert weigh_words(logprobs, WORDS, min_mass=0.01) == pytest.approx([5 / 6, 1 / 6])
+    assert weigh_words({"good": -0.1, "what": -3.0}, WORDS, min_mass=0.01) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("logprobs", [{"I": -0.01, "Sorry": -5.0}, {"I": -0.001, "good": -9.0}, {}])
+def test_another_answer_is_an_error(logprobs: dict[str, float]) -> None:
+    with pytest.raises(
+        RewardError, match="the judge's first word is none of good, bad: together they have probability"
+    ):
+        weigh_words(logprobs, WORDS, min_mass=0.01)
+
+
+def test_words_that_were_not_given_are_no_answer_even_when_anything_counts() -> None:
+    with pytest.raises(RewardError, match=r"the likeliest are \['I'\]"):
+        weigh_words({"I": 0.0}, WORDS, min_mass=0.0)
