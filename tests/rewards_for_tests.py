@@ -21,6 +21,13 @@ class Brightness(PointwiseRewardModel):
         return RewardModelOutput(torch.stack([item[0].mean() for item in image]) * 10)
 
 
+class Darkness(Brightness):
+    """The opposite of Brightness."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        return RewardModelOutput(torch.stack([-item[0].mean() for item in image]) * 10)
+
+
 class NaNForFirst(Brightness):
     """Cannot score the first sample of each batch."""
 

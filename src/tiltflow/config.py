@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
@@ -54,6 +54,15 @@ class RunConfig(Config):
     eval_rewards: tuple[RewardArguments, ...] = ()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _watch_has_something_to_see(self) -> "RunConfig":
+        if self.train.early_stop is not None and not (self.eval_rewards and self.train.evaluate_every):
+            raise ValueError(
+                f"train.early_stop={self.train.early_stop} compares evaluations of held-out rewards: set "
+                "train.evaluate_every and eval_rewards, or leave it out"
+            )
+        return self
 
 
 class EvaluateConfig(Config):

@@ -1,23 +1,18 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
-from tiltflow.algorithms import Snapshot
-from tiltflow.commands.build import CONFIG_FILE, build_trainer, described
+from tiltflow.commands.build import CONFIG_FILE, build_trainer
+from tiltflow.commands.evaluator import Evaluator
 from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
-from tiltflow.evaluation import EvaluationResult, evaluate
 from tiltflow.report import write_report
-from tiltflow.rewards import RewardEngine, build_reward_model, check_prompts
+from tiltflow.rewards import check_prompts
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
@@ -74,15 +69,26 @@ def _run(
         enabled = distributed.is_main and config.tracking.console
         with ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
             evaluator.once("before", "ref", epoch=0, status=bar.status)
-            _evaluate_if_due(evaluator, config, trainer.epoch, bar)  # a kill may have come between save and evaluation
+            evaluator.recall(trainer.epoch)
+            evaluator.if_due(trainer.epoch, status=bar.status)  # a kill may have come between save and evaluation
             bar.begin()
-            for epoch in trainer.run(status=bar.status):
+            while trainer.epoch < config.train.epochs and not evaluator.should_stop:
+                epoch = trainer.run_epoch(trainer.epoch + 1, status=bar.status)
                 _after_epoch(epoch, trainer, config, store, trackers, bar)
-                _evaluate_if_due(evaluator, config, epoch.number, bar)
+                evaluator.if_due(epoch.number, status=bar.status)
+            _save_if_stopped(trainer, config, store)
             evaluator.once("after", "ema", epoch=trainer.epoch, status=bar.status)
     with distributed.together():
         if distributed.is_main:
             print(f"report: {write_report(run_dir)}")
+
+
+def _save_if_stopped(trainer: Trainer, config: RunConfig, store: CheckpointStore) -> None:
+    """Save a run that was stopped at an epoch without a checkpoint."""
+    with trainer.distributed.together():
+        stopped = trainer.epoch < config.train.epochs and trainer.epoch % config.train.save_every != 0
+        if trainer.distributed.is_main and stopped:
+            store.save(trainer.epoch, trainer.save)
 
 
 @contextmanager
@@ -104,13 +110,6 @@ def _trackers(
             write_atomically(run_dir / CONFIG_FILE, dump(config))
     with trackers:
         yield trackers
-
-
-def _evaluate_if_due(evaluator: "Evaluator", config: RunConfig, epoch: int, bar: ProgressBar) -> None:
-    """Evaluate the weights of an epoch that `train.evaluate_every` names; the last one is evaluated as "after"."""
-    every = config.train.evaluate_every
-    if every is not None and 0 < epoch < config.train.epochs and epoch % every == 0:
-        evaluator.once(f"epoch_{epoch:06d}", "ema", epoch=epoch, status=bar.status)
 
 
 def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distributed: Distributed) -> bool:
@@ -179,101 +178,6 @@ def _after_epoch(
             write_report(store.directory)
     generated = config.train.num_prompts_per_epoch * config.train.group_size
     bar.advance(reward=metrics[f"reward/{trainer.engine.names[0]}/mean"], rate=generated / metrics["seconds/epoch"])
-
-
-class Evaluator:
-    """Evaluates snapshots of a run's policy on its evaluation prompts, each once per run."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        trainer: Trainer,
-        prompts: Sequence[Prompt],
-        *,
-        directory: Path,
-    ):
-        """Build the evaluation rewards.
-
-        Args:
-            config: The run.
-            trainer: Whose policy is measured; its rewards serve unless the config has `eval_rewards`.
-            prompts: The evaluation prompts.
-            directory: Where results are kept.
-        """
-        self._trainer = trainer
-        self._prompts = prompts
-        self._run = config
-        self._directory = directory
-        self._trackers = TrackerGroup([])
-        self._first_step = 0
-        self._distributed = trainer.distributed
-        self._engine = trainer.engine
-        if config.eval_rewards:
-            accelerator = trainer.distributed.accelerator
-            self._engine = RewardEngine(
-                config.eval_rewards, factory=lambda reward: build_reward_model(reward, accelerator)
-            )
-
-    def report_to(self, trackers: TrackerGroup, *, first_step: int) -> None:
-        """Tell trackers the `eval/` metrics and pictures.
-
-        Args:
-            trackers: Those of this process.
-            first_step: What they knew of this step and later ones they have forgotten, so that results which are
-                already there are told again.
-        """
-        self._trackers = trackers
-        self._first_step = first_step
-
-    def once(self, name: str, snapshot: Snapshot, *, epoch: int, status: Callable[[str], None]) -> None:
-        """Evaluate a snapshot, shared by all processes, unless its result for this epoch is already there."""
-        known: EvaluationResult | None = None
-        with self._distributed.together():
-            if self._distributed.is_main:
-                known = self._known(name, epoch)
-                if known is not None and epoch >= self._first_step:
-                    self._log(known, epoch)
-        if self._distributed.gather(known is not None)[0]:
-            return
-        policy = self._trainer.policy
-        with torch.no_grad(), policy.weights.using(snapshot):
-            result = evaluate(
-                policy,
-                self._engine,
-                self._prompts,
-                config=self._run.evaluation,
-                name=name,
-                distributed=self._distributed,
-                progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
-            )
-        with self._distributed.together():
-            if self._distributed.is_main:
-                result = replace(result, settings={**result.settings, **self._settings(epoch)})
-                result.save(self._directory)
-                self._log(result, epoch)
-
-    def _log(self, result: EvaluationResult, epoch: int) -> None:
-        values = {f"eval/{key}": estimate.value for key, estimate in result.summary.items()}
-        self._trackers.log(values, step=epoch)
-        kept = [(row.image, row.prompt) for row in result.rows if row.image is not None]
-        images = [result.pictures.get(place) or _picture(self._directory / place) for place, _ in kept]
-        self._trackers.log_images(f"eval/{result.name}", images, [prompt for _, prompt in kept], step=epoch)
-
-    def _settings(self, epoch: int) -> dict[str, Any]:
-        measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)
-        return {**self._run.evaluation.model_dump(mode="json"), **measured, "epoch": epoch}
-
-    def _known(self, name: str, epoch: int) -> EvaluationResult | None:
-        path = self._directory / f"{name}.json"
-        if not path.exists():
-            return None
-        found = EvaluationResult.load(path)
-        return found if self._settings(epoch).items() <= found.settings.items() else None
-
-
-def _picture(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
 
 
 def _warn(message: str) -> None:

@@ -10,17 +10,21 @@ from tiltflow.evaluation.results import (
     write_png,
 )
 from tiltflow.evaluation.statistics import Estimate, estimate, estimate_stratified
+from tiltflow.evaluation.watch import HackingWatch, Sign, hacking_signs
 
 __all__ = [
     "Estimate",
     "EvaluationConfig",
     "EvaluationResult",
     "EvaluationRow",
+    "HackingWatch",
+    "Sign",
     "choose_prompts",
     "compare_table",
     "estimate",
     "estimate_stratified",
     "evaluate",
+    "hacking_signs",
     "paired_difference",
     "summarise",
     "to_picture",

@@ -46,6 +46,7 @@ class TrainConfig(Config):
     max_failure_fraction: float = Field(default=0.5, ge=0, le=1)
     save_every: int = Field(default=1, ge=1)  # epochs
     evaluate_every: int | None = Field(default=None, ge=1)  # epochs; None: only before and after
+    early_stop: int | None = Field(default=None, ge=1)  # evaluations in a row that look like reward hacking
 
     @model_validator(mode="after")
     def _aggregation_has_its_std(self) -> "TrainConfig":

@@ -1,0 +1,172 @@
+"""Evaluations of a run: before, in between and after, each once, watched for reward hacking."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tiltflow.algorithms import Snapshot
+from tiltflow.commands.build import described
+from tiltflow.config import RunConfig
+from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate
+from tiltflow.rewards import RewardEngine, build_reward_model
+from tiltflow.runtime.tracking import TrackerGroup, read_jsonl
+from tiltflow.training.trainer import Trainer
+from tiltflow.types import Prompt
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Evaluator:
+    """Evaluates snapshots of a run's policy on its evaluation prompts, each once per run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        prompts: Sequence[Prompt],
+        *,
+        directory: Path,
+    ):
+        """Build the evaluation rewards.
+
+        Args:
+            config: The run.
+            trainer: Whose policy is measured; its rewards serve unless the config has `eval_rewards`.
+            prompts: The evaluation prompts.
+            directory: Where results are kept.
+        """
+        self._trainer = trainer
+        self._prompts = prompts
+        self._run = config
+        self._directory = directory
+        self._trackers = TrackerGroup([])
+        self._first_step = 0
+        self._watch = HackingWatch(patience=config.train.early_stop)
+        self.should_stop = False
+        self._distributed = trainer.distributed
+        self._engine = trainer.engine
+        if config.eval_rewards:
+            accelerator = trainer.distributed.accelerator
+            self._engine = RewardEngine(
+                config.eval_rewards, factory=lambda reward: build_reward_model(reward, accelerator)
+            )
+
+    def report_to(self, trackers: TrackerGroup, *, first_step: int) -> None:
+        """Tell trackers the `eval/` metrics and pictures.
+
+        Args:
+            trackers: Those of this process.
+            first_step: What they knew of this step and later ones they have forgotten, so that results which are
+                already there are told again.
+        """
+        self._trackers = trackers
+        self._first_step = first_step
+
+    def recall(self, epoch: int) -> None:
+        """Let the watch see the evaluations of a resumed run that came before `epoch`."""
+        every = self._run.train.evaluate_every
+        if every is not None and self._distributed.is_main:
+            for earlier in range(every, epoch, every):
+                known = self._known(_name(earlier), earlier)
+                if known is not None:
+                    self._observe(known, earlier, quiet=True)
+
+    def if_due(self, epoch: int, *, status: Callable[[str], None]) -> None:
+        """Evaluate the weights of an epoch that `train.evaluate_every` names; the last one is evaluated as "after".
+
+        Warns when it looks like reward hacking; `should_stop` says whether that has gone on for `train.early_stop`
+        evaluations.
+        """
+        every = self._run.train.evaluate_every
+        if every is None or not 0 < epoch < self._run.train.epochs or epoch % every != 0:
+            return
+        result = self.once(_name(epoch), "ema", epoch=epoch, status=status)
+        if result is not None and self._run.eval_rewards:
+            self._observe(result, epoch, quiet=False)
+        self.should_stop = self._distributed.gather(self._watch.should_stop)[0]
+
+    def _observe(self, result: EvaluationResult, epoch: int, *, quiet: bool) -> None:
+        every = self._run.train.evaluate_every or epoch
+        rows = read_jsonl(self._directory.parent / METRICS_FILE)
+        window = [row for row in rows if epoch - every < row["step"] <= epoch]
+        signs = self._watch.observe(result, training_rewards(window))
+        if not quiet:
+            for sign in signs:
+                print(f"warning: epoch {epoch}: {sign}; this looks like reward hacking", file=sys.stderr)
+
+    def once(
+        self, name: str, snapshot: Snapshot, *, epoch: int, status: Callable[[str], None]
+    ) -> EvaluationResult | None:
+        """Evaluate a snapshot, shared by all processes, unless its result for this epoch is already there.
+
+        Returns:
+            The result on the main process, None on the others.
+        """
+        known: EvaluationResult | None = None
+        with self._distributed.together():
+            if self._distributed.is_main:
+                known = self._known(name, epoch)
+                if known is not None and epoch >= self._first_step:
+                    self._log(known, epoch)
+        if self._distributed.gather(known is not None)[0]:
+            return known
+        policy = self._trainer.policy
+        with torch.no_grad(), policy.weights.using(snapshot):
+            result = evaluate(
+                policy,
+                self._engine,
+                self._prompts,
+                config=self._run.evaluation,
+                name=name,
+                distributed=self._distributed,
+                progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
+            )
+        with self._distributed.together():
+            if self._distributed.is_main:
+                result = replace(result, settings={**result.settings, **self._settings(epoch)})
+                result.save(self._directory)
+                self._log(result, epoch)
+        return result if self._distributed.is_main else None
+
+    def _log(self, result: EvaluationResult, epoch: int) -> None:
+        values = {f"eval/{key}": estimate.value for key, estimate in result.summary.items()}
+        self._trackers.log(values, step=epoch)
+        kept = [(row.image, row.prompt) for row in result.rows if row.image is not None]
+        images = [result.pictures.get(place) or _picture(self._directory / place) for place, _ in kept]
+        self._trackers.log_images(f"eval/{result.name}", images, [prompt for _, prompt in kept], step=epoch)
+
+    def _settings(self, epoch: int) -> dict[str, Any]:
+        measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)
+        return {**self._run.evaluation.model_dump(mode="json"), **measured, "epoch": epoch}
+
+    def _known(self, name: str, epoch: int) -> EvaluationResult | None:
+        path = self._directory / f"{name}.json"
+        if not path.exists():
+            return None
+        found = EvaluationResult.load(path)
+        return found if self._settings(epoch).items() <= found.settings.items() else None
+
+
+def training_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean of each training reward over some rows of the metrics."""
+    prefix, suffix = "reward/", "/mean"
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(prefix) and key.endswith(suffix) and value is not None:
+                found.setdefault(key[len(prefix) : -len(suffix)], []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _name(epoch: int) -> str:
+    return f"epoch_{epoch:06d}"
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        return file.convert("RGB")
