@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
@@ -160,6 +161,18 @@ def test_more_crops_than_one_pass_takes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="cannot be loaded as CLIP"):
         load_color_classifier(tmp_path)
+
+
+def test_published_files_may_list_the_positions(tmp_path: Path) -> None:
+    folder = save_tiny_clip(tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert load_color_classifier(folder).size == 32
+    save_file({**state, "extra": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RewardError, match=r"does not fit CLIP: unexpected extra$"):
+        load_color_classifier(folder)
 
 
 def test_an_incomplete_model(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class ColorClassifier(nn.Module):
     @property
     def size(self) -> int:
         """Side of the square that the network reads."""
-        return self.model.config.vision_config.image_size
+        vision: Any = self.model.config.vision_config
+        return vision.image_size
 
     def crop(self, image: NDArray[np.uint8], box: Sequence[float], mask: NDArray[np.bool_] | None = None) -> Tensor:
         """Return the network's input for one object; see `color_crop`."""
@@ -157,10 +158,17 @@ def load_color_classifier(
         RewardError: The folder holds no complete CLIP model or no tokenizer.
     """
     try:
-        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # so that they are reported below, with the rest
+            output_loading_info=True,
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise RewardError(f"color_model={str(folder)!r} cannot be loaded as CLIP: {error}") from error
+    model, report = loaded
     problems = [f"{kind[:-5]} {name}" for kind in ("missing_keys", "unexpected_keys") for name in sorted(report[kind])]
     problems += [f"{name[0]} has another shape" for name in sorted(report["mismatched_keys"])]
     if problems:

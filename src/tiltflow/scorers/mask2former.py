@@ -68,7 +68,8 @@ class Mask2FormerNetwork(Mask2FormerPreTrainedModel):
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
         self.model = Mask2FormerModel(config)
-        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        labels: Any = config.num_labels
+        self.class_predictor = nn.Linear(config.hidden_dim, labels + 1)
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ class Mask2Former(nn.Module):
     @property
     def num_classes(self) -> int:
         """How many classes the network tells apart."""
-        return self.network.config.num_labels
+        return self.network.class_predictor.out_features - 1  # the last is the background
 
     @torch.inference_mode()
     def detect(
@@ -140,7 +141,7 @@ class Mask2Former(nn.Module):
     def prepare(self, image: Tensor) -> Tensor:
         """Return the network's input for one RGB image, uint8 `[3, H, W]`: resized, normalised, padded with zeros.
 
-        Padding follows mmdet 3; mmdet 2 pads before normalising. Square images are resized to 800x800, which needs none.
+        Padding follows mmdet 3; mmdet 2 pads before normalising. Square images become 800x800, which needs none.
         """
         weight = self.network.class_predictor.weight
         image = image.to(weight.device)
@@ -184,7 +185,7 @@ def load_mask2former(
     """
     path = find_mask2former(weights)
     network = _from_folder(path) if path.is_dir() else _from_mmdet(path)
-    return Mask2Former(network.to(device=device, dtype=dtype), resize=resize, channels=channels)
+    return Mask2Former(network, resize=resize, channels=channels).to(device=device, dtype=dtype)
 
 
 def find_mask2former(weights: str | None = None) -> Path:
@@ -212,9 +213,17 @@ def _from_mmdet(path: Path) -> Mask2FormerNetwork:
 
 def _from_folder(path: Path) -> Mask2FormerNetwork:
     """Read a folder in transformers' format as strictly as a file."""
-    network, report = Mask2FormerNetwork.from_pretrained(
-        path, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        loaded: Any = Mask2FormerNetwork.from_pretrained(
+            path,
+            local_files_only=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # so that they are reported below, with the rest
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise RewardError(f"{path} cannot be loaded as Mask2Former: {error}") from error
+    network, report = loaded
     problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(set(report["unexpected_keys"]) - _TRAINING_ONLY)]
     problems += [f"{name[0]} has another shape" for name in sorted(report["mismatched_keys"])]

@@ -1,9 +1,9 @@
 """mmdet's Mask2Former checkpoints in the names, layouts and sizes of transformers.
 
 The published file exists twice with the same values: in mmdet 2's names (`attentions.0`, `ffns.0`) and in mmdet 3's
-(`self_attn`, `cross_attn`, `ffn`). Both become transformers' names by the table below. Three things change beyond names:
-joint query-key-value weights are split, patch merging lists its four neighbours in another order, and what carries no
-weights is left out by name. Anything unknown keeps its name, so that strict loading refuses it.
+(`self_attn`, `cross_attn`, `ffn`). Both become transformers' names by the table below. Three things change beyond
+names: joint query-key-value weights are split, patch merging lists its four neighbours in another order, and what
+carries no weights is left out by name. Anything unknown keeps its name, so that strict loading refuses it.
 """
 
 import re
@@ -172,15 +172,17 @@ def mmdet_config(state: Mapping[str, Tensor], *, source: str) -> Mask2FormerConf
     bias_tables = [shape(f"backbone.stages.{i}.blocks.0.attn.w_msa.relative_position_bias_table") for i in range(4)]
     embed, width = shape("backbone.patch_embed.projection.weight")[0], shape(f"{head}.query_embed.weight")[1]
     offsets = shape(f"{pixel}.encoder.layers.0.self_attn.sampling_offsets.bias")[0]
-    backbone = SwinConfig(
-        embed_dim=embed,
-        depths=[_count(state, rf"backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(4)],
-        num_heads=[int(table[1]) for table in bias_tables],
-        window_size=(int(bias_tables[0][0] ** 0.5) + 1) // 2,
-        mlp_ratio=shape("backbone.stages.0.blocks.0.ffn.layers.0.0.bias")[0] / embed,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+    backbone = SwinConfig.from_dict(
+        {
+            "embed_dim": embed,
+            "depths": [_count(state, rf"backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(4)],
+            "num_heads": [int(table[1]) for table in bias_tables],
+            "window_size": (int(bias_tables[0][0] ** 0.5) + 1) // 2,
+            "mlp_ratio": shape("backbone.stages.0.blocks.0.ffn.layers.0.0.bias")[0] / embed,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        }
     )
-    return Mask2FormerConfig(
+    config = Mask2FormerConfig(
         backbone_config=backbone,
         feature_size=shape(f"{pixel}.mask_feature.weight")[1],
         mask_feature_size=shape(f"{pixel}.mask_feature.weight")[0],
@@ -191,8 +193,9 @@ def mmdet_config(state: Mapping[str, Tensor], *, source: str) -> Mask2FormerConf
         decoder_layers=_count(state, _DECODER) + 1,  # transformers counts the prediction before the first layer
         num_attention_heads=offsets // (LEVELS * POINTS * 2),
         num_queries=shape(f"{head}.query_embed.weight")[0],
-        num_labels=shape(f"{head}.cls_embed.bias")[0] - 1,  # without the background
     )
+    config.num_labels = shape(f"{head}.cls_embed.bias")[0] - 1  # without the background
+    return config
 
 
 def _version_3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
