@@ -80,7 +80,8 @@ class ColorClassifier(nn.Module):
         for start in range(0, len(crops), CROPS_PER_PASS):
             pixels = torch.stack(list(crops[start : start + CROPS_PER_PASS]))
             vectors = torch.stack([self.class_vectors(label) for label in labels[start : start + CROPS_PER_PASS]])
-            rows.append(LOGIT_SCALE * torch.einsum("nd,ndc->nc", self._image_features(pixels), vectors).cpu())
+            features = self._image_features(pixels)
+            rows.append(LOGIT_SCALE * torch.einsum("nd,ndc->nc", features, vectors.to(features.device)).cpu())
         return torch.cat(rows)
 
     @torch.inference_mode()

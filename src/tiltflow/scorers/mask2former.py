@@ -88,7 +88,7 @@ class Mask2Former(nn.Module):
 
         Args:
             network: The network with its weights.
-            resize: `800px` as GenEval's own evaluation; `native` leaves the size, which is faster and scores lower.
+            resize: `800px` as GenEval's own evaluation; `native` leaves the size: faster, not comparable.
             channels: `rgb` as trained; `bgr` exchanges red and blue, as the reward servers of published training runs
                 did by passing RGB arrays where BGR ones were expected.
 
