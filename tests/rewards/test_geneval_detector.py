@@ -1,6 +1,7 @@
 """GenEval with its own detector: tiny random weights in the published layouts."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def test_no_images(detector: Mask2FormerDetector) -> None:
     assert detector([]) == []
 
 
+def test_a_detector_survives_pickling(detector: Mask2FormerDetector) -> None:
+    assert pickle.loads(pickle.dumps(detector))(pictures()) == detector(pictures())
+
+
 def test_which_classes_need_a_color() -> None:
     assert colored_classes(geneval.color_attr("cup", "red", "dog", "blue")) == {"cup", "dog"}
     assert colored_classes(geneval.colors("cup", "red")) == {"cup"}
@@ -198,6 +203,7 @@ def test_a_network_of_other_classes(models: Path, tmp_path: Path) -> None:
         ({"resize": "800"}, "reward 'g': resize: Input should be '800px' or 'native'; got '800'"),
         ({"channels": "gbr"}, "reward 'g': channels: Input should be 'rgb' or 'bgr'; got 'gbr'"),
         ({"detector_batch_size": 0}, "reward 'g': detector_batch_size: Input should be greater than or equal to 1"),
+        ({"detector": 3, "resize": "native"}, "reward 'g': detector: Input should be a valid string; got 3"),
         ({"weight_file": "x"}, "reward 'g': unknown key 'weight_file'"),
         ({"colour_model": "x"}, "reward 'g': unknown key 'colour_model'; did you mean 'color_model'"),
         (

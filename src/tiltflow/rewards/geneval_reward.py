@@ -61,8 +61,9 @@ class GenevalOptions(Config):
     @classmethod
     def _only_with_mask2former(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse an option that would have no effect; runs for the options that are given."""
-        if info.data["detector"] != "mask2former":
-            raise ValueError(f"only the detector 'mask2former' has this option, not {info.data['detector']!r}")
+        detector = info.data.get("detector", "mask2former")  # absent when it is itself wrong, which is then the error
+        if detector != "mask2former":
+            raise ValueError(f"only the detector 'mask2former' has this option, not {detector!r}")
         return value
 
 

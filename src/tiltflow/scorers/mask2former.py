@@ -7,7 +7,7 @@ query and a class, each with its mask at image size.
 Source: Cheng et al. 2022 (Mask2Former); open-mmlab/mmdetection `mask2former_head.py` and `maskformer_fusion_head.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -104,6 +104,10 @@ class Mask2Former(nn.Module):
         self.channels: Channels = channels
         self.eval().requires_grad_(False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the weights, not the network: transformers hooks functions into it that cannot be pickled."""
+        return _remade, (self.network.config, self.network.state_dict(), self.resize, self.channels)
+
     @property
     def num_classes(self) -> int:
         """How many classes the network tells apart."""
@@ -159,6 +163,12 @@ class Mask2Former(nn.Module):
             return height, width
         scale = min(LONG_SIDE / max(height, width), SHORT_SIDE / min(height, width))
         return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def _remade(config: Mask2FormerConfig, state: Mapping[str, Tensor], resize: Resize, channels: Channels) -> Mask2Former:
+    network = Mask2FormerNetwork(config)
+    network.load_state_dict(state, assign=True)  # which also keeps the dtype
+    return Mask2Former(network, resize=resize, channels=channels).to(network.class_predictor.weight.device)
 
 
 def load_mask2former(
