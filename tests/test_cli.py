@@ -248,7 +248,7 @@ def test_a_tag_that_no_prompt_has(failing: Failing, write: Callable[..., Path]) 
 
 
 def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
-    failing: Failing, write: Callable[..., Path], tmp_path: Path
+    failing: Failing, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nowhere = {"model_name": str(tmp_path / "no_model")}
     (tmp_path / "plain.txt").write_text("a photo of a star\n")
@@ -264,9 +264,8 @@ def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
     assert "reward_model='OCR' is not part of this version" in failing(
         "train", write(policy=nowhere, eval_rewards=["OCR"])
     )
-    assert "detector='mask2former' is not part of this version" in failing(
-        "train", write(policy=nowhere, rewards=["Geneval"])
-    )
+    monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path))
+    assert "the weights mask2former_swin-s" in failing("train", write(policy=nowhere, rewards=["Geneval"]))
     # an override by name takes the config's own entry, the drawn world's detector included
     named = failing("train", write(policy=nowhere, rewards=geneval), "--rewards", "[Geneval]")
     assert "no_model" in named and "detector" not in named

@@ -103,8 +103,10 @@ def test_a_detector_by_python_path() -> None:
 @pytest.mark.parametrize(
     ("detector", "message"),
     [
-        ("mask2former", "detector='mask2former' is not part of this version; use one of shapes or the Python path"),
-        ("shape", "detector='shape' is neither built in .shapes. nor a Python path; did you mean 'shapes'?"),
+        (
+            "shape",
+            "detector='shape' is neither built in .mask2former, shapes. nor a Python path; did you mean 'shapes'?",
+        ),
         (
             "no_such.Detector",
             "detector='no_such.Detector' cannot be imported: ModuleNotFoundError: No module",

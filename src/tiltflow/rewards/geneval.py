@@ -92,6 +92,15 @@ def score_detections(
     return GenevalResult(not reasons, strict, partial, tuple(reasons))
 
 
+def colored_classes(metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Return the classes whose colour decides about a prompt; a detector need not name any other colour.
+
+    Raises:
+        DataError: If the metadata is malformed.
+    """
+    return frozenset(clause.label for clause in _clauses(metadata, "include") if clause.color is not None)
+
+
 def tag_accuracies(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
     """Return the share of correct images for each tag that occurs, in the order of `TAGS`.
 

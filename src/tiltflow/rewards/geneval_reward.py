@@ -1,21 +1,25 @@
 """The GenEval reward: a detector looks, `score_detections` judges."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, ValidationInfo, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
-from tiltflow.rewards.geneval import Detection, GenevalResult, score_detections
+from tiltflow.rewards.geneval import Detection, GenevalResult, colored_classes, score_detections
 from tiltflow.types import Config, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class".
-DETECTORS: Mapping[str, str] = {"shapes": "tiltflow.demo.detector:ShapeDetector"}
-UPCOMING_DETECTORS = ("mask2former",)  # known to configs, not yet part of the package
+DETECTORS: Mapping[str, str] = {
+    "mask2former": "tiltflow.rewards.geneval_detector:Mask2FormerDetector",
+    "shapes": "tiltflow.demo.detector:ShapeDetector",
+}
 
 
 class Detector(Protocol):
@@ -26,12 +30,41 @@ class Detector(Protocol):
         ...
 
 
+class ColoringDetector(ABC):
+    """A detector for which colours cost extra, so that it is told where they matter."""
+
+    @abstractmethod
+    def __call__(
+        self, images: Sequence[NDArray[np.uint8]], *, colored: Sequence[Collection[str]] | None = None
+    ) -> list[list[Detection]]:
+        """Return the objects of each RGB image, uint8 `[H, W, 3]`.
+
+        Args:
+            images: B images.
+            colored: For each image the classes whose objects get a colour; None: all.
+        """
+
+
 class GenevalOptions(Config):
-    """Options of the GenEval reward."""
+    """Options of the GenEval reward; those after `quirks` belong to the detector `mask2former`."""
 
     detector: str = "mask2former"
     score: Literal["partial", "strict", "correct"] = "partial"
     quirks: Literal["clean", "reference"] = "clean"
+    weights: str | None = None  # file or folder; None: the published file in the models folder
+    color_model: str = "openai/clip-vit-large-patch14"  # folder or hub name of a CLIP model
+    resize: Literal["800px", "native"] = "800px"
+    channels: Literal["rgb", "bgr"] = "rgb"
+    detector_batch_size: int = Field(default=8, ge=1)  # images per forward pass
+
+    @field_validator("weights", "color_model", "resize", "channels", "detector_batch_size")
+    @classmethod
+    def _only_with_mask2former(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse an option that would have no effect; runs for the options that are given."""
+        detector = info.data.get("detector", "mask2former")  # absent when it is itself wrong, which is then the error
+        if detector != "mask2former":
+            raise ValueError(f"only the detector 'mask2former' has this option, not {detector!r}")
+        return value
 
 
 class GenevalReward(PointwiseRewardModel):
@@ -47,10 +80,10 @@ class GenevalReward(PointwiseRewardModel):
         """Load the detector.
 
         Raises:
-            RewardError: There is no such detector.
+            RewardError: There is no such detector, or its weights are missing or wrong.
         """
         super().__init__(config, accelerator)
-        self._detector: Detector = detector_class(self.options.detector)()
+        self._detector = self._build_detector()
 
     @classmethod
     def check_prompt(cls, prompt: Prompt) -> None:
@@ -71,13 +104,35 @@ class GenevalReward(PointwiseRewardModel):
         metadata: Sequence[Mapping[str, Any]] = (),
     ) -> RewardModelOutput:
         """Score PIL images against their prompts' metadata."""
-        found = self._detector([np.asarray(item.convert("RGB")) for item in image])
+        found = self._find([np.asarray(item.convert("RGB")) for item in image], metadata)
         options: GenevalOptions = self.options
         results = [
             score_detections(objects, line, quirks=options.quirks)
             for objects, line in zip(found, metadata, strict=True)
         ]
         return RewardModelOutput([float(_pick(result, options.score)) for result in results], _extra(results, metadata))
+
+    def _find(
+        self, images: Sequence[NDArray[np.uint8]], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[list[Detection]]:
+        if isinstance(self._detector, ColoringDetector):
+            return self._detector(images, colored=[colored_classes(line) for line in metadata])
+        return self._detector(images)
+
+    def _build_detector(self) -> Detector:
+        options: GenevalOptions = self.options
+        made = detector_class(options.detector)
+        if options.detector != "mask2former":
+            return made()
+        return made(
+            weights=options.weights,
+            color_model=options.color_model,
+            resize=options.resize,
+            channels=options.channels,
+            batch_size=options.detector_batch_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
 
 def detector_class(name: str) -> Any:
@@ -86,11 +141,6 @@ def detector_class(name: str) -> Any:
     Raises:
         RewardError: There is no such detector.
     """
-    if name in UPCOMING_DETECTORS:
-        raise RewardError(
-            f"detector={name!r} is not part of this version; use one of {', '.join(DETECTORS)} or the Python path of "
-            "a class whose instances map uint8 RGB images to lists of Detection"
-        )
     path = DETECTORS[name].replace(":", ".") if name in DETECTORS else name
     module, _, attribute = path.rpartition(".")
     if not module:
