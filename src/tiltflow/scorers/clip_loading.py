@@ -90,13 +90,20 @@ def read_clip_folder(folder: Path) -> CLIPModel:
         if kind != "clip":
             raise RewardError(f"{folder} holds a model of the type {kind!r}, not 'clip'; name the folder of a CLIP")
         loaded: Any = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below by name
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RewardError(f"the model in {folder} cannot be read: {error}; {remedy}") from error
     model, report = loaded
     problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(set(report["unexpected_keys"]) - _OLD_BUFFERS)]
+    problems += [
+        f"{name} is {list(found)} instead of {list(own)}" for name, found, own in sorted(report["mismatched_keys"])
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise RewardError(f"the weights in {folder} do not fit CLIPModel: {'; '.join(problems[:3])}{more}; {remedy}")
