@@ -216,6 +216,11 @@ def test_every_image_needs_its_prompt() -> None:
         scorers()[0].score(images(3), ["a", "b"])
 
 
+def test_bytes_are_refused() -> None:
+    with pytest.raises(RewardError, match=r"the images are torch.uint8; pass floats in \[0, 1\]"):
+        scorers()[0].score((images(2) * 255).to(torch.uint8), ["a", "b"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     exact = ClipScorer(tiny_backbone(), kind="clip").score(images(4), PROMPTS)
