@@ -124,7 +124,7 @@ class ClipBackbone(nn.Module):
         if weights is None:
             return self._encode_images(images, preprocess)
         rows = list(images.unbind()) if isinstance(images, Tensor) else list(images)
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.no_grad():
             self._forget_other_weights(weights)
             found = [self._images.get(row, preprocess) for row in rows]
             missing = [index for index, feature in enumerate(found) if feature is None]
@@ -142,7 +142,7 @@ class ClipBackbone(nn.Module):
         weights = self._remembering()
         if weights is None:
             return self._encode_prompts(prompts)
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.no_grad():
             self._forget_other_weights(weights)
             found = {prompt: self._texts.get(prompt) for prompt in prompts}
             missing = [prompt for prompt, feature in found.items() if feature is None]
