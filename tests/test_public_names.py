@@ -25,6 +25,7 @@ PINNED = {
         "build_reward",
         "RewardEngine",
     ],
+    "tiltflow.scorers": ["ClipScorer", "AestheticScorer", "clip_preprocess", "hps_preprocess"],
     "tiltflow.rewards.geneval": ["Detection", "score_detections"],
     "tiltflow.testing": ["ToyPolicy", "ConstantReward", "QuadraticReward"],
 }
@@ -46,6 +47,10 @@ SIGNATURES = {
     "tiltflow.rewards:build_reward": "(name_or_python_path, *, device=..., dtype=..., batch_size=..., **options)",
     "tiltflow.rewards:PointwiseRewardModel.__init__": REWARD,
     "tiltflow.rewards:GroupwiseRewardModel.__init__": REWARD,
+    "tiltflow.scorers:clip_preprocess": "(images, *, size=224)",
+    "tiltflow.scorers:hps_preprocess": "(images, *, size=224, antialias=True)",
+    "tiltflow.scorers:ClipScorer": "(backbone, *, kind, scale=None, antialias=True)",
+    "tiltflow.scorers:ClipScorer.score": "(self, images, prompts)",
     "tiltflow.rewards.geneval:Detection": "(label, x1, y1, x2, y2, score, color=None)",
     "tiltflow.rewards.geneval:score_detections": "(detections, metadata, *, quirks='clean')",
 }

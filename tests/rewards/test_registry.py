@@ -158,13 +158,11 @@ def test_an_unknown_built_in_suggests_the_nearest(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_built_ins_and_the_python_path() -> None:
-    with pytest.raises(
-        RewardError, match=r"'Foo' is not a built-in reward; built-ins: .*Geneval.*; or give a full Python"
-    ):
+    with pytest.raises(RewardError, match=r"'Foo' is not a built-in reward; built-ins: .*Geneval.*; or give a full"):
         build_reward("Foo")
 
 
-@pytest.mark.parametrize("name", ["OCR", "PickScore"])
+@pytest.mark.parametrize("name", ["OCR"])
 def test_upcoming_rewards_say_so(name: str) -> None:
     with pytest.raises(RewardError, match=f"reward_model='{name}' is not part of this version; built-ins: .*Geneval"):
         build_reward(name)

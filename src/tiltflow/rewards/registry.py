@@ -21,12 +21,17 @@ from tiltflow.types import Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class" in their config instead.
 REWARDS: Mapping[str, str] = {
+    "AestheticScore": "tiltflow.rewards.aesthetic:AestheticReward",
+    "CLIP": "tiltflow.rewards.clip_rewards:ClipReward",
     "DeQAScore": "tiltflow.rewards.deqa:DeQAReward",
     "Geneval": "tiltflow.rewards.geneval_reward:GenevalReward",
+    "HPSv2": "tiltflow.rewards.clip_rewards:HPSv2Reward",
     "ImageReward": "tiltflow.rewards.image_reward:ImageRewardReward",
+    "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
+    "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",
 }
 # Named by the packaged configs, not yet part of the package: such a config loads, running it tells so.
-UPCOMING = ("OCR", "PickScore")
+UPCOMING = ("OCR",)
 
 
 def reward_class(name: str) -> type[RewardModel]:

@@ -35,8 +35,8 @@ class Scorer(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the network computes."""
-        return next(self.parameters()).dtype
+        """In which the network computes; a lone number, such as CLIP's logit scale, stays in float32."""
+        return next(weight.dtype for weight in self.parameters() if weight.ndim)
 
     def freeze(self) -> None:
         """Enter eval mode and stop all gradients to the weights."""
