@@ -22,9 +22,11 @@ from tiltflow.types import Prompt
 # name -> "module:Class"; third parties write "package.module.Class" in their config instead.
 REWARDS: Mapping[str, str] = {
     "Geneval": "tiltflow.rewards.geneval_reward:GenevalReward",
+    "JPEGCompressibility": "tiltflow.rewards.jpeg:JPEGCompressibilityReward",
+    "OCR": "tiltflow.rewards.ocr:OCRReward",
 }
 # Named by the packaged configs, not yet part of the package: such a config loads, running it tells so.
-UPCOMING = ("OCR", "PickScore")
+UPCOMING = ("PickScore",)
 
 
 def reward_class(name: str) -> type[RewardModel]:
