@@ -21,8 +21,9 @@ TAGS: Final = {2: "two_letters", 3: "three_letters", 4: "four_letters"}
 
 SUPERSAMPLING: Final = 4
 BORDER: Final = 3.0  # pixels kept free at the image edge
-WIDTHS: Final = (0.7, 0.9)  # of the word, as a share of the image's width
+WIDTHS: Final = (0.7, 0.88)  # of the word, as a share of the image's width
 LARGEST_HEIGHT: Final = (18.0, 26.0)  # of capital letters, in pixels: short words would outgrow the image
+REFERENCE_POINTS: Final = 500  # large enough that whole pixels are exact proportions
 PAPER: Final = (205, 245)  # each channel of the background
 INK: Final = (10, 70)  # each channel of the letters
 
@@ -63,10 +64,10 @@ def draw_word(word: str, *, rng: np.random.Generator, size: int = IMAGE_SIZE) ->
         RGB image, uint8 `[size, size, 3]`.
     """
     scale = size / IMAGE_SIZE * SUPERSAMPLING
-    unit = _font(100)
+    unit = _font(REFERENCE_POINTS)
     left, top, right, bottom = unit.getbbox(word)
     wanted = rng.uniform(*WIDTHS) * IMAGE_SIZE, rng.uniform(*LARGEST_HEIGHT)  # width and height, whichever binds
-    points = 100 * scale * min(wanted[0] / (right - left), wanted[1] / (bottom - top))
+    points = REFERENCE_POINTS * scale * min(wanted[0] / (right - left), wanted[1] / (bottom - top))
     font = _font(points)
     left, top, right, bottom = font.getbbox(word)
     side, border = size * SUPERSAMPLING, BORDER * scale

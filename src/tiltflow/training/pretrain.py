@@ -62,6 +62,7 @@ class AutoencoderTraining(Config):
 class PretrainConfig(Config):
     """Everything that decides a pretraining run."""
 
+    name: str = "tiny_sd3"  # of the model, on its card
     output_dir: str = "outputs/tiny_sd3"
     source: str = "tiltflow.demo.dataset:DrawnScenes"
     init_from: str | None = None
@@ -120,7 +121,7 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     save_compact(pipe, temporary)
     (temporary / PHASES_FILE).write_text(json.dumps(phases, indent=1))
-    (temporary / "README.md").write_text(model_card(pipe, phases))
+    (temporary / "README.md").write_text(model_card(pipe, phases, name=config.name, example=source.captions[0]))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     return final
