@@ -1,14 +1,19 @@
 """The drawn world of words: its list, its splits, its signs (which RapidOCR reads), and pretraining on them."""
 
 import string
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from tiltflow.cli import main
+from tiltflow.commands import EMBEDDED_MODELS, build_policy
+from tiltflow.config import load_run_config
 from tiltflow.demo.words import FONT_FILE, DrawnWords, all_words, draw_word, split_prompts, word_prompt
+from tiltflow.errors import ConfigError
 from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tokenizer
 from tiltflow.rewards import build_reward
 
@@ -29,8 +34,8 @@ def test_a_few_hundred_words_of_two_to_four_capital_letters() -> None:
 
 def test_a_prompt_quotes_its_word() -> None:
     assert word_prompt("CAT") == 'a sign that says "CAT"'
-    line = next(line for line in split_prompts("train") if line["word"] == "CAT")
-    assert line == {"prompt": 'a sign that says "CAT"', "word": "CAT", "tag": "three_letters"}
+    line = next(line for line in split_prompts("train") if line["word"] == "SUN")
+    assert line == {"prompt": 'a sign that says "SUN"', "word": "SUN", "tag": "three_letters"}
 
 
 def test_the_splits_are_the_world_and_share_no_word() -> None:
@@ -84,7 +89,7 @@ def test_clean_signs_are_read_exactly() -> None:
     rng = np.random.default_rng(0)
     words = [all_words()[int(index)] for index in rng.integers(len(all_words()), size=100)]
     images = [Image.fromarray(draw_word(word, rng=rng)) for word in words]
-    output = build_reward("OCR", upscale=2)([word_prompt(word) for word in words], image=images)
+    output = build_reward("OCR")([word_prompt(word) for word in words], image=images)
     exact = [read.upper() == word for read, word in zip(output.extra_info["recognised"], words, strict=True)]
     assert sum(exact) >= 99
     assert all(reward == 1 for reward, same in zip(output.rewards, exact, strict=True) if same)
@@ -151,3 +156,10 @@ def test_the_packaged_config_pretrains_a_model_of_letters(tmp_path, capsys) -> N
     assert image.size == (64, 64)
     card = (model / "README.md").read_text()
     assert "# tiny_words" in card and "tiltflow pretrain tiny_words" in card and word_prompt(all_words()[0]) in card
+
+
+def test_an_install_without_the_weights_says_how_to_make_them(tmp_path, monkeypatch) -> None:
+    embedded = replace(EMBEDDED_MODELS["tiny_words"], folder=tmp_path / "none")
+    monkeypatch.setitem(EMBEDDED_MODELS, "tiny_words", embedded)
+    with pytest.raises(ConfigError, match=r"model_name='tiny_words': this install does not have .*pretrain tiny_words"):
+        build_policy(load_run_config("words_ram").policy, device=torch.device("cpu"), seed=0)

@@ -38,7 +38,7 @@ EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
     "tiny_words": EmbeddedModel(
         folder=Path(__file__).parents[1] / "demo" / "tiny_words",
         policy={"max_sequence_length": 1},
-        rewards=({"reward_model": "OCR", "upscale": 2},),
+        rewards=({"reward_model": "OCR"},),
     ),
 }
 

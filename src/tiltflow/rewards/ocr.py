@@ -90,7 +90,7 @@ class OCROptions(Config):
 
     detection_side: int = Field(default=320, ge=32)  # images whose longer side is longer are shrunk to find text
     workers: int = Field(default=2, ge=1)  # recognisers that read at the same time, one thread each
-    upscale: int = Field(default=1, ge=1)  # enlarge images so many times (bicubic) before they are read
+    upscale: int = Field(default=1, ge=1)  # enlarge images so many times (nearest pixel) before they are read
 
 
 class OCRReward(PointwiseRewardModel):
@@ -133,10 +133,10 @@ class OCRReward(PointwiseRewardModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the recognisers out, which no process can send to another."""
-        return {key: value for key, value in self.__dict__.items() if key != "_idle"}
+        return {key: value for key, value in vars(self).items() if key != "_idle"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._load()
 
     def _load(self) -> None:
@@ -194,7 +194,7 @@ def _pixels(image: Image.Image, *, upscale: int) -> NDArray[np.uint8]:
     """Return an image as RapidOCR takes arrays, uint8 `[H, W, 3]` in the order BGR."""
     image = image.convert("RGB")
     if upscale > 1:
-        image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.BICUBIC)
+        image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 
