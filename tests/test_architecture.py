@@ -61,9 +61,11 @@ HOMES: dict[str, set[str]] = {
     "trackio": {"runtime.tracking"},
     "cv2": {"demo"},
     "accelerate": {"runtime"},
+    "rapidocr": {"rewards.ocr"},
+    "rapidfuzz": {"rewards.ocr"},
 }
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
-OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai"}
+OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai", "rapidocr", "rapidfuzz"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",

@@ -59,7 +59,7 @@ def failing(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 # --- print-config -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["shapes_ram", "geneval_sd3", "ocr_sd3", "pickscore_sd3"])
+@pytest.mark.parametrize("name", ["shapes_ram", "words_ram", "geneval_sd3", "ocr_sd3", "pickscore_sd3"])
 def test_print_config_prints_the_resolved_config_as_yaml(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", name, "--print-config", "--lr", "2e-5", "--rank=3", "--wandb_project", "mine"]) == 0
     printed = run_config(yaml.safe_load(capsys.readouterr().out), source="printed")
@@ -260,12 +260,10 @@ def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
         "train", write(policy=nowhere, data=plain, rewards=geneval)
     )
     assert "reward 'clips' requires 'video'" in failing("train", write(policy=nowhere, rewards=video))
-    assert "reward_model='OCR' is not part of this version" in failing("train", write(policy=nowhere, rewards=["OCR"]))
-    assert "reward_model='OCR' is not part of this version" in failing(
-        "train", write(policy=nowhere, eval_rewards=["OCR"])
-    )
     monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path))
     assert "the weights mask2former_swin-s" in failing("train", write(policy=nowhere, rewards=["Geneval"]))
+    for key in ("rewards", "eval_rewards"):
+        assert "PickScore_v1 was not found" in failing("train", write(policy=nowhere, **{key: ["PickScore"]}))
     # an override by name takes the config's own entry, the drawn world's detector included
     named = failing("train", write(policy=nowhere, rewards=geneval), "--rewards", "[Geneval]")
     assert "no_model" in named and "detector" not in named

@@ -21,7 +21,8 @@ from tiltflow.config import (
 from tiltflow.errors import ConfigError, TiltflowError
 from tiltflow.policies.sd3 import ATTENTION_TARGETS
 
-RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_ram"]
+RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_ram", "words_ram"]
+PRETRAIN_CONFIGS = ["tiny_sd3", "tiny_words"]
 PUBLISHED = {
     "geneval_sd3": (100.0, 4.5, "Geneval", "geneval"),
     "ocr_sd3": (100.0, 4.5, "OCR", "ocr"),
@@ -53,11 +54,13 @@ def shapes(*overrides: tuple[str, str]) -> RunConfig:
 
 
 def test_every_packaged_config_loads() -> None:
-    assert packaged_configs() == [*RUN_CONFIGS, "tiny_sd3", "tiny_sd3_phase2"]
+    assert packaged_configs() == sorted([*RUN_CONFIGS, *PRETRAIN_CONFIGS, "tiny_sd3_phase2"])
     for name in RUN_CONFIGS:
         assert load_run_config(name).output_dir == f"outputs/{name}"
-    first, second = load_pretrain_config("tiny_sd3"), load_pretrain_config("tiny_sd3_phase2")
-    assert (first.output_dir, second.init_from) == ("outputs/tiny_sd3", "outputs/tiny_sd3/model")
+    for name in PRETRAIN_CONFIGS:
+        config = load_pretrain_config(name)
+        assert (config.name, config.output_dir) == (name, f"outputs/{name}")
+    assert load_pretrain_config("tiny_sd3_phase2").init_from == "outputs/tiny_sd3/model"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -297,7 +300,7 @@ def test_several_mistakes_are_told_together() -> None:
 def test_a_missing_file_names_the_packaged_configs() -> None:
     assert message("no/such.yaml") == (
         "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_ram, tiny_sd3, "
-        "tiny_sd3_phase2"
+        "tiny_sd3_phase2, tiny_words, words_ram"
     )
 
 

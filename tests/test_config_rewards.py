@@ -61,6 +61,6 @@ def test_evaluation_rewards_are_checked_too() -> None:
         rewards_of("Geneval", eval_rewards=[{"reward_model": "Geneval", "detecter": "shapes"}])
 
 
-@pytest.mark.parametrize("name", ["OCR"])
-def test_upcoming_rewards_load_in_configs(name: str) -> None:
+@pytest.mark.parametrize("name", ["OCR", "PickScore"])
+def test_rewards_load_in_configs_without_their_weights(name: str) -> None:
     assert rewards_of(name)[0].reward_model == name

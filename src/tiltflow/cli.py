@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     pretrain = commands.add_parser("pretrain", help="make a small model from scratch", allow_abbrev=False)
-    pretrain.add_argument("config", help="path of a YAML file, or tiny_sd3")
+    pretrain.add_argument("config", help="path of a YAML file, or tiny_sd3 or tiny_words")
     pretrain.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     pretrain.set_defaults(run=_pretrain)
 
@@ -92,7 +92,7 @@ def _positive(text: str) -> int:
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder such as outputs/<run>/latest")
-    parser.add_argument("--model_name", help="a pretrained model: folder, hub name, or tiny_sd3")
+    parser.add_argument("--model_name", help="a pretrained model: folder, hub name, tiny_sd3 or tiny_words")
 
 
 def _train(arguments: argparse.Namespace, overrides: Overrides) -> None:

@@ -27,7 +27,7 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def test_the_named_sets() -> None:
-    assert tuple(PROMPT_SETS) == ("shapes", "geneval", "ocr", "pickscore", "drawbench")
+    assert tuple(PROMPT_SETS) == ("shapes", "words", "geneval", "ocr", "pickscore", "drawbench")
 
 
 def test_the_official_geneval_prompts_come_with_the_package() -> None:
@@ -60,6 +60,14 @@ def test_shapes_have_metadata_without_the_prompt(split: str) -> None:
     prompts = load_prompts("shapes", split="train" if split == "train" else "test")
     assert set(prompts[0].metadata) == {"tag", "include"}
     assert {prompt.metadata["tag"] for prompt in prompts} == set(OFFICIAL_TAGS)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 430), ("test", 107)])
+def test_words_have_their_word_as_metadata(split: str, count: int) -> None:
+    prompts = load_prompts("words", split="train" if split == "train" else "test")
+    assert len(prompts) == count
+    assert all(prompt.text == f'a sign that says "{prompt.metadata["word"]}"' for prompt in prompts)
+    assert {prompt.metadata["tag"] for prompt in prompts} == {"two_letters", "three_letters", "four_letters"}
 
 
 @pytest.mark.parametrize(("name", "split"), [("ocr", "train"), ("pickscore", "test"), ("drawbench", "train")])
@@ -122,7 +130,7 @@ def test_a_unicode_line_separator_inside_a_json_string_does_not_end_the_line(tmp
 
 
 def test_missing_file_names_the_sets() -> None:
-    with pytest.raises(DataError, match=r"'no/such/file.txt': no such file or set.*shapes, geneval, ocr"):
+    with pytest.raises(DataError, match=r"'no/such/file.txt': no such file or set.*shapes, words, geneval, ocr"):
         load_prompts("no/such/file.txt", split="train")
 
 

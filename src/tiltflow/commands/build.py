@@ -35,6 +35,11 @@ EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
         policy={"max_sequence_length": 1},
         rewards=({"reward_model": "Geneval", "detector": "shapes"},),
     ),
+    "tiny_words": EmbeddedModel(
+        folder=Path(__file__).parents[1] / "demo" / "tiny_words",
+        policy={"max_sequence_length": 1},
+        rewards=({"reward_model": "OCR"},),
+    ),
 }
 
 
@@ -64,9 +69,18 @@ def build_trainer(config: RunConfig, distributed: Distributed) -> Trainer:
 
 
 def build_policy(config: SD3Config, *, device: torch.device, seed: int) -> SD3Policy:
-    """Build the policy, its model looked up among the embedded ones first."""
+    """Build the policy, its model looked up among the embedded ones first.
+
+    Raises:
+        ConfigError: The model cannot be found or loaded.
+    """
     embedded = EMBEDDED_MODELS.get(config.model_name)
     if embedded is not None:
+        if not embedded.folder.is_dir():
+            raise ConfigError(
+                f"policy.model_name={config.model_name!r}: this install does not have its weights ({embedded.folder}); "
+                f"make them with `tiltflow pretrain {config.model_name}` and give the folder that it writes"
+            )
         config = config.model_copy(update={"model_name": str(embedded.folder)})
     return SD3Policy(config, device=device, seed=seed)
 

@@ -16,12 +16,14 @@ PACKAGED = Path(__file__).parent / "prompts"
 # name -> splits that come with the package; the other split is looked for under prompts/ in the working directory.
 PROMPT_SETS: Mapping[str, tuple[Split, ...]] = {
     "shapes": ("train", "test"),
+    "words": ("train", "test"),
     "geneval": ("train", "test"),
     "ocr": ("test",),
     "pickscore": (),
     "drawbench": ("test",),
 }
-SHAPES_SOURCE = "tiltflow.demo.prompts"
+# Sets that the drawn worlds make themselves; imported when asked for, since the demo room lies above this one.
+DRAWN_SETS: Mapping[str, str] = {"shapes": "tiltflow.demo.prompts", "words": "tiltflow.demo.words"}
 GENEVAL_TRAINING_PROMPTS = 50_000
 
 
@@ -76,8 +78,8 @@ def _from_json(path: Path, number: int, line: str) -> Prompt:
 
 
 def _named(name: str, split: Split) -> list[Prompt]:
-    if name == "shapes":
-        return _from_lines(import_module(SHAPES_SOURCE).split_prompts(split))
+    if name in DRAWN_SETS:
+        return _from_lines(import_module(DRAWN_SETS[name]).split_prompts(split))
     local = [Path("prompts") / name / f"{split}{ending}" for ending in (".jsonl", ".txt")]
     packaged = [PACKAGED / f"{name}_{split}{ending}" for ending in (".jsonl", ".txt")]
     for path in [*packaged, *local]:

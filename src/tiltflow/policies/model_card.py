@@ -10,10 +10,11 @@ license: apache-2.0
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-# tiny_sd3
+# {name}
 
-A Stable Diffusion 3 of {total:.1f} M parameters that draws {size}x{size} scenes of coloured shapes.
-Made from scratch by `tiltflow pretrain tiny_sd3`; good enough to be post-trained, not finished.
+A Stable Diffusion 3 of {total:.1f} M parameters for {size}x{size} images such as
+`{example}`.
+Made from scratch by `tiltflow pretrain {name}`; good enough to be post-trained, not finished.
 
 | part | parameters |
 |---|---|
@@ -22,9 +23,9 @@ Made from scratch by `tiltflow pretrain tiny_sd3`; good enough to be post-traine
 ```python
 from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained("tiny_sd3")
+pipe = StableDiffusion3Pipeline.from_pretrained("{name}")
 pipe(
-    "a photo of a red circle left of a blue star",
+    {example!r},
     height={size},
     width={size},
     guidance_scale=2.0,
@@ -45,13 +46,15 @@ every phase.
 """
 
 
-def model_card(pipe: Any, phases: Sequence[Mapping[str, Any]]) -> str:
+def model_card(pipe: Any, phases: Sequence[Mapping[str, Any]], *, name: str, example: str) -> str:
     """Return the card as markdown.
 
     Args:
         pipe: The finished pipeline.
         phases: One entry per pretraining run, the first from scratch; each has `loss`, `seconds`, `threads`, `torch`
             and `config`, the first also `autoencoder_loss` and `autoencoder_seconds`; `note` is optional.
+        name: What the model is called.
+        example: A prompt that it knows.
     """
     modules = {
         "transformer": pipe.transformer,
@@ -62,6 +65,8 @@ def model_card(pipe: Any, phases: Sequence[Mapping[str, Any]]) -> str:
     }
     millions = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
     return _CARD.format(
+        name=name,
+        example=example,
         total=sum(millions.values()),
         size=pipe.vae.config.sample_size,
         rows="\n".join(f"| {name} | {count:.3f} M |" for name, count in millions.items()),
@@ -77,7 +82,7 @@ def machine() -> dict[str, Any]:
 def _phase(number: int, phase: Mapping[str, Any]) -> str:
     config = phase["config"]
     rows = {
-        "data": f"{config['pool_size']:,} scenes drawn by `{config['source']}`; of training prompts only",
+        "data": f"{config['pool_size']:,} images drawn by `{config['source']}`; of training prompts only",
         "seed": config["seed"],
         "transformer and text encoders": f"{config['steps']:,} steps of {config['batch_size']}, learning rate "
         f"{config['lr']}, flow matching; final loss {phase['loss']:.4f}; {phase['seconds']:.0f} s",

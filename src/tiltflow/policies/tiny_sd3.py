@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -32,17 +32,18 @@ class TinySD3Config(Config):
     heads: int = 3
     head_dim: int = 64
     text_tokens: int = 16
+    tokens: Literal["words", "letters"] = "words"  # letters, where the picture shows how a word is spelt
     text_widths: tuple[int, int] = (128, 64)
     text_layers: tuple[int, int] = (3, 2)
     shift: float = 1.0
 
 
 def build_tiny_sd3(config: TinySD3Config, captions: Sequence[str], *, seed: int) -> StableDiffusion3Pipeline:
-    """Build the pipeline with random weights; its tokenizer knows every word of `captions` as one token.
+    """Build the pipeline with random weights and a tokenizer for `captions`.
 
     Args:
         config: Sizes.
-        captions: Text that the tokenizer's vocabulary is learned from.
+        captions: Text whose every word becomes one token, unless `config.tokens` is "letters".
         seed: Seeds the initial weights.
 
     Returns:
@@ -54,7 +55,8 @@ def build_tiny_sd3(config: TinySD3Config, captions: Sequence[str], *, seed: int)
 
 
 def _build(config: TinySD3Config, captions: Sequence[str]) -> StableDiffusion3Pipeline:
-    tokenizer = build_tokenizer(captions, max_length=config.text_tokens)
+    known = captions if config.tokens == "words" else ()
+    tokenizer = build_tokenizer(known, max_length=config.text_tokens)
     first, second = (
         _text_encoder(tokenizer, width, layers, config.text_tokens)
         for width, layers in zip(config.text_widths, config.text_layers, strict=True)
@@ -109,7 +111,10 @@ def build_autoencoder(config: TinySD3Config) -> AutoencoderKL:
 
 
 def build_tokenizer(captions: Sequence[str], *, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-level BPE in CLIP's form from `captions`; unknown words fall back to bytes, never to an error."""
+    """Learn a byte-level BPE in CLIP's form from `captions`; unknown words fall back to bytes, never to an error.
+
+    Without captions there is nothing to learn, and every letter is a token (another one at the end of a word).
+    """
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -27,11 +27,11 @@ REWARDS: Mapping[str, str] = {
     "Geneval": "tiltflow.rewards.geneval_reward:GenevalReward",
     "HPSv2": "tiltflow.rewards.clip_rewards:HPSv2Reward",
     "ImageReward": "tiltflow.rewards.image_reward:ImageRewardReward",
+    "JPEGCompressibility": "tiltflow.rewards.jpeg:JPEGCompressibilityReward",
+    "OCR": "tiltflow.rewards.ocr:OCRReward",
     "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
     "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",
 }
-# Named by the packaged configs, not yet part of the package: such a config loads, running it tells so.
-UPCOMING = ("OCR",)
 
 
 def reward_class(name: str) -> type[RewardModel]:
@@ -40,11 +40,6 @@ def reward_class(name: str) -> type[RewardModel]:
     Raises:
         RewardError: No such built-in, module or class, or the class is not a reward.
     """
-    if name in UPCOMING:
-        raise RewardError(
-            f"reward_model={name!r} is not part of this version; built-ins: {', '.join(sorted(REWARDS))}; "
-            "or give the full Python path of your own (package.module.Class)"
-        )
     if name in REWARDS:
         module, _, attribute = REWARDS[name].partition(":")
     elif "." in name:

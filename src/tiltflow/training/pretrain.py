@@ -62,6 +62,7 @@ class AutoencoderTraining(Config):
 class PretrainConfig(Config):
     """Everything that decides a pretraining run."""
 
+    name: str = "tiny_sd3"  # of the model, on its card
     output_dir: str = "outputs/tiny_sd3"
     source: str = "tiltflow.demo.dataset:DrawnScenes"
     init_from: str | None = None
@@ -119,10 +120,11 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
     unused = {"model", "autoencoder"} if config.init_from is not None else set[str]()
     used = config.model_dump(mode="json", exclude=unused)
     phases.append({**made, "loss": loss, "seconds": seconds, **machine(), "config": used})
-    return _publish(pipe, phases, run_dir)
+    card = model_card(pipe, phases, name=config.name, example=source.captions[0])
+    return _publish(pipe, phases, card, run_dir)
 
 
-def _publish(pipe: Any, phases: list[dict[str, Any]], run_dir: Path) -> Path:
+def _publish(pipe: Any, phases: list[dict[str, Any]], card: str, run_dir: Path) -> Path:
     """Write the finished model beside its place and move it there whole; return its folder."""
     final, temporary, former = (run_dir / name for name in ("model", ".model.tmp", ".model.former"))
     try:
@@ -131,7 +133,7 @@ def _publish(pipe: Any, phases: list[dict[str, Any]], run_dir: Path) -> Path:
                 shutil.rmtree(leftover)
         save_compact(pipe, temporary)
         (temporary / PHASES_FILE).write_text(json.dumps(phases, indent=1))
-        (temporary / "README.md").write_text(model_card(pipe, phases))
+        (temporary / "README.md").write_text(card)
         if final.exists():
             os.rename(final, former)
         os.rename(temporary, final)
