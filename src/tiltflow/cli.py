@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
     score.add_argument("--group_size", type=_positive, default=1, help="images in a row that belong to one group")
     score.set_defaults(run=_score)
+
+    doctor = commands.add_parser(
+        "doctor", help="list every reward: importable? weights found? device", allow_abbrev=False
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -162,6 +167,14 @@ def _score(arguments: argparse.Namespace, overrides: Overrides) -> None:
     )
     print(summary_table(rows))
     print(f"rows: {arguments.output}")
+
+
+def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]} is no option of doctor; it has none")
+    from tiltflow.commands import doctor_report
+
+    print(doctor_report())
 
 
 def _overrides(rest: Sequence[str]) -> Overrides:

@@ -1,6 +1,7 @@
 """What each command does: builds the parts that a config names and puts them to work."""
 
 from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, build_trainer
+from tiltflow.commands.doctor import doctor_report
 from tiltflow.commands.evaluate import run_evaluation
 from tiltflow.commands.pretrain import run_pretraining
 from tiltflow.commands.sample import run_sampling
@@ -11,6 +12,7 @@ __all__ = [
     "EMBEDDED_MODELS",
     "build_policy",
     "build_trainer",
+    "doctor_report",
     "run_evaluation",
     "run_pretraining",
     "run_sampling",

@@ -1,11 +1,12 @@
 """LAION's aesthetic predictor as a reward."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from pydantic import Field
 
-from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
+from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.scorers import AestheticScorer
 from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder
 from tiltflow.types import Config
@@ -29,6 +30,11 @@ class AestheticReward(PointwiseRewardModel):
     required_fields = ("image",)
     use_tensor_inputs = True
     Options = AestheticOptions
+
+    @classmethod
+    def published_weights(cls, options: AestheticOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return (*(() if options.checkpoint else (HEAD,)), WeightsFolder(options.model_name_or_path))
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the network, or share the one that is loaded, and the head.

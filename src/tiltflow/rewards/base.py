@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -46,6 +47,19 @@ class RewardModelOutput:
     extra_info: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Any])  # key -> B values
 
 
+class Weights(Protocol):
+    """Published weights that a reward loads."""
+
+    @property
+    def label(self) -> str:
+        """What people call them."""
+        ...
+
+    def find(self) -> Path | None:
+        """Return where they are on this machine, or None."""
+        ...
+
+
 class RewardModel(ABC):
     """What pointwise and groupwise rewards share; subclass one of those two."""
 
@@ -53,6 +67,7 @@ class RewardModel(ABC):
     use_tensor_inputs: ClassVar[bool] = False
     remote: ClassVar[bool] = False  # asks another process or machine, which may be out of reach
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
+    packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
 
     def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):
         """Keep the config; a subclass loads its model after calling this.
@@ -70,6 +85,11 @@ class RewardModel(ABC):
     def options(self) -> Any:
         """The reward's own options as an instance of its `Options` class."""
         return self.Options.model_validate(dict(self.config.options))
+
+    @classmethod
+    def published_weights(cls, options: Any) -> Sequence[Weights]:
+        """Return the weights that are loaded with some options (an instance of `Options`); most rewards have none."""
+        return ()
 
     @classmethod  # noqa: B027  # most rewards can score any prompt
     def check_prompt(cls, prompt: Prompt) -> None:

@@ -1,12 +1,19 @@
 """PickScore, its rank within a group, CLIPScore and HPSv2 as rewards."""
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiltflow.rewards.base import GroupwiseRewardModel, PointwiseRewardModel, RewardArguments, RewardModelOutput
+from tiltflow.rewards.base import (
+    GroupwiseRewardModel,
+    PointwiseRewardModel,
+    RewardArguments,
+    RewardModelOutput,
+    Weights,
+)
 from tiltflow.scorers import ClipScorer
 from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder
 from tiltflow.scorers.clip import ClipScale
@@ -55,6 +62,11 @@ class PickScoreReward(PointwiseRewardModel):
     use_tensor_inputs = True
     Options = PickScoreOptions
 
+    @classmethod
+    def published_weights(cls, options: PickScoreOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return (WeightsFolder(options.model_name_or_path),)
+
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the network, or share the one that is loaded.
 
@@ -89,6 +101,11 @@ class PickScoreRankReward(GroupwiseRewardModel):
     use_tensor_inputs = True
     Options = PickScoreRankOptions
 
+    @classmethod
+    def published_weights(cls, options: PickScoreRankOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return (WeightsFolder(options.model_name_or_path),)
+
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the network, or share the one that is loaded.
 
@@ -119,6 +136,11 @@ class ClipReward(PointwiseRewardModel):
 
     use_tensor_inputs = True
     Options = ClipOptions
+
+    @classmethod
+    def published_weights(cls, options: ClipOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return (WeightsFolder(options.model_name_or_path),)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the network, or share the one that is loaded.
@@ -151,6 +173,11 @@ class HPSv2Reward(PointwiseRewardModel):
 
     use_tensor_inputs = True
     Options = HPSv2Options
+
+    @classmethod
+    def published_weights(cls, options: HPSv2Options) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return () if options.checkpoint else (HPS_FILES[options.version],)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the network, or share the one that is loaded.

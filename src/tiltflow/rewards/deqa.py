@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import RewardError
-from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
+from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, weigh_words
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.deqa import (
@@ -27,7 +27,8 @@ from tiltflow.types import Config
 
 ONE_WORD: Final = f"{QUESTION} Answer with one word: {', '.join(LEVELS[:-1])} or {LEVELS[-1]}."
 PUBLISHED: Final = "DeQA-Score"  # how the names of the published weights begin
-ENDPOINT_OPTIONS: Final = ("api_key_env", "timeout", "max_retries", "max_concurrent", "continue_answer", "min_mass")
+ENDPOINT_OPTIONS: Final = ("api_key_env", "max_retries", "max_concurrent", "continue_answer", "min_mass")
+DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
 
 
 class DeQAOptions(Config):
@@ -37,7 +38,6 @@ class DeQAOptions(Config):
     prompt: str | None = None  # local: the whole text before the quality word, for a model without chat template
     base_url: str | None = None  # such as http://localhost:8000/v1
     api_key_env: str | None = None  # the environment variable that holds the key
-    timeout: float = Field(default=60.0, gt=0)  # seconds per request
     max_retries: int = Field(default=3, ge=0)
     max_concurrent: int = Field(default=8, ge=1)  # requests at once
     continue_answer: bool = False  # let the model continue the answer as the local one does: vLLM and SGLang can
@@ -52,6 +52,11 @@ class DeQAReward(PointwiseRewardModel):
 
     required_fields = ("image",)
     Options = DeQAOptions
+
+    @classmethod
+    def published_weights(cls, options: DeQAOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return () if options.model is None or options.base_url else (WeightsFolder(options.model),)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the local model, or prepare the endpoint's client.
@@ -104,7 +109,7 @@ class DeQAReward(PointwiseRewardModel):
             base_url=base_url,
             model=model,
             api_key_env=options.api_key_env,
-            timeout=options.timeout,
+            timeout=self.config.timeout or DEFAULT_TIMEOUT,
             max_retries=options.max_retries,
         )
         return _RemoteJudge(ChatEndpoint(settings), options)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator
 
 from tiltflow.errors import RewardError
-from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
+from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.geneval import Detection, GenevalResult, colored_classes, score_detections
 from tiltflow.types import Config, Prompt
 
@@ -75,6 +75,17 @@ class GenevalReward(PointwiseRewardModel):
 
     required_fields = ("image", "metadata")
     Options = GenevalOptions
+
+    @classmethod
+    def published_weights(cls, options: GenevalOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        if options.detector != "mask2former" or options.weights:
+            return ()
+        # Only now: the drawn world's detector needs no networks.
+        from tiltflow.scorers.geneval_color import COLOR_MODEL
+        from tiltflow.scorers.mask2former import GENEVAL_WEIGHTS
+
+        return (GENEVAL_WEIGHTS[0], COLOR_MODEL)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the detector.

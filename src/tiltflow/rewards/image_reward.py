@@ -1,11 +1,13 @@
 """ImageReward as a reward."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
-from tiltflow.scorers.image_reward import WEIGHTS, ImageRewardScorer, image_reward_tokenizer
+from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
+from tiltflow.scorers.image_reward import VOCABULARIES, WEIGHTS, ImageRewardScorer, image_reward_tokenizer
+from tiltflow.types import Config
 
 
 class ImageRewardReward(PointwiseRewardModel):
@@ -13,6 +15,11 @@ class ImageRewardReward(PointwiseRewardModel):
 
     required_fields = ("prompt", "image")
     use_tensor_inputs = True
+
+    @classmethod
+    def published_weights(cls, options: Config) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return (WEIGHTS, VOCABULARIES[0])
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the published weights and BERT's vocabulary.

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
-from tiltflow.types import Config
+from tiltflow.types import Config, Prompt
 
 # The models of RapidOCR 3.10's wheel. They are named here so that another version, whose scores would be others, or a
 # damaged install is an error instead of a download.
@@ -101,6 +101,16 @@ class OCRReward(PointwiseRewardModel):
 
     required_fields = ("prompt", "image")
     Options = OCROptions
+    packages = ("rapidocr", "onnxruntime", "rapidfuzz")
+
+    @classmethod
+    def check_prompt(cls, prompt: Prompt) -> None:
+        """Check that a prompt has a text in double quotes.
+
+        Raises:
+            RewardError: It has none, or an empty one.
+        """
+        quoted_text(prompt.text)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the recognisers.
@@ -159,7 +169,7 @@ class OCRReward(PointwiseRewardModel):
 def _recogniser(side: int) -> Any:
     """Load one single-threaded RapidOCR, all of it: it would load its second model only when it first finds text."""
     # find_spec, as an ImportError of the import itself would also be that of a dependency
-    missing = [name for name in ("rapidocr", "onnxruntime", "rapidfuzz") if find_spec(name) is None]
+    missing = [name for name in OCRReward.packages if find_spec(name) is None]
     if missing:
         raise RewardError(f"the OCR reward needs {missing[0]}, which is not installed: pip install 'tiltflow[ocr]'")
     import rapidocr

@@ -34,6 +34,11 @@ class WeightsFile:
     repo: str | None = None  # hub repository that holds it
     file: str | None = None  # its name there, when it differs
 
+    @property
+    def label(self) -> str:
+        """The file's name."""
+        return self.name
+
     def find(self) -> Path | None:
         """Return the file from the models folder, else from the hub's cache, else None."""
         path = models_folder() / self.name
@@ -68,6 +73,11 @@ class WeightsFolder:
     """
 
     repo: str  # hub repository; its last part is the folder's name in the models folder
+
+    @property
+    def label(self) -> str:
+        """The repository."""
+        return self.repo
 
     def find(self) -> Path | None:
         """Return the folder: `repo` itself if it is one, else `models/<last part>`, else the hub's cache, else None."""

@@ -1,0 +1,41 @@
+"""`tiltflow doctor`: every built-in reward, whether or not it could run here."""
+
+from pathlib import Path
+
+import pytest
+
+from tiltflow import cli
+from tiltflow.commands import doctor as doctor_module
+from tiltflow.commands.doctor import examine
+from tiltflow.rewards import REWARDS
+
+
+def test_every_reward_is_listed_with_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path))
+    monkeypatch.setattr(doctor_module, "find_spec", lambda name: None if name == "rapidocr" else object())
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    versions, table = text.split("\n\n")
+    assert "diffusers" in versions and "GPU" in versions
+    rows = {line.split()[0]: line for line in table.splitlines()[1:]}
+    assert sorted(rows) == sorted(REWARDS)
+    assert "missing: sac+logos+ava1-l14-linearMSE.pth, openai/clip-vit-large-patch14" in rows["AestheticScore"]
+    assert "missing: mask2former_swin-s" in rows["Geneval"]
+    assert "no: needs rapidocr" in rows["OCR"] and "none needed" in rows["OCR"]
+    assert rows["JPEGCompressibility"].split()[1:] == ["yes", "none", "needed", "cpu"]
+
+
+def test_weights_that_are_there_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path))
+    (tmp_path / "PickScore_v1").mkdir()
+    (tmp_path / "PickScore_v1" / "config.json").write_text("{}")
+    findings = {each.reward: each for each in examine()}
+    assert (findings["PickScore"].weights, findings["PickScore_Rank"].weights) == ("found", "found")
+    assert findings["CLIP"].weights == "missing: openai/clip-vit-large-patch14"
+
+
+def test_doctor_has_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--rewards", "OCR"]) == 2
+    assert "--rewards is no option of doctor" in capsys.readouterr().err
