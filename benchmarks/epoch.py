@@ -3,8 +3,9 @@
     python -m benchmarks.epoch [--config shapes_ram] [--repeats 3] [--key value ...]
 
 An epoch of the config is run, stage by stage, and after it, in the same process, the bare transformer and VAE calls
-that it needed: the same number, batch sizes and arithmetic, with nothing around them. `overhead` is the ratio of the
-medians.
+that it needed: the same number, batch sizes and arithmetic, with nothing around them. `overhead` is the median over
+repeats of an epoch's time over that of the bare calls right after it; `overheads` has them all, which tells how quiet
+the machine was.
 """
 
 import argparse
@@ -91,12 +92,14 @@ def main() -> None:
         for name in ("rollout", "reward", "update", "epoch")
     }
     bare_seconds = statistics.median(bares)
+    ratios = [row["seconds/epoch"] / bare for row, bare in zip(epochs, bares, strict=True)]
     line = {
         "benchmark": "epoch",
         "config": known.config,
         **stages,
         "bare_seconds": round(bare_seconds, 3),
-        "overhead": round(stages["epoch_seconds"] / bare_seconds, 4),
+        "overhead": round(statistics.median(ratios), 4),
+        "overheads": [round(ratio, 3) for ratio in ratios],
         "repeats": known.repeats,
         "threads": torch.get_num_threads(),
         "device": str(trainer.policy.device),

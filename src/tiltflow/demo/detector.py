@@ -1,6 +1,8 @@
 """A detector that reads drawn scenes from their pixels: palette segmentation, then the best-fitting outline."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -116,7 +118,8 @@ class ShapeDetector:
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[Detection]]:
         """Return the shapes of each RGB image, uint8 `[H, W, 3]`."""
-        return [[_as_detection(shape) for shape in detect_shapes(image)] for image in images]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV and NumPy let go of the interpreter while they work
+            return [[_as_detection(shape) for shape in found] for found in pool.map(detect_shapes, images)]
 
 
 def _as_detection(found: DetectedShape) -> Detection:
