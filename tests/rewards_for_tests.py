@@ -21,11 +21,25 @@ class Brightness(PointwiseRewardModel):
         return RewardModelOutput(torch.stack([item[0].mean() for item in image]) * 10)
 
 
-class Darkness(Brightness):
-    """The opposite of Brightness."""
+class Rising(Brightness):
+    """Grows with every call, whatever the images."""
+
+    slope = 1.0
+
+    def __init__(self, config: Any, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        self.calls = 0
 
     def __call__(self, prompt, image=None, **media: Any):
-        return RewardModelOutput(torch.stack([-item[0].mean() for item in image]) * 10)
+        self.calls += 1
+        values = torch.stack([item[0].mean() for item in image])
+        return RewardModelOutput(values + self.slope * self.calls)
+
+
+class Falling(Rising):
+    """Falls with every call, whatever the images."""
+
+    slope = -1.0
 
 
 class NaNForFirst(Brightness):

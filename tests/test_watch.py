@@ -83,28 +83,25 @@ def test_training_rewards_are_means_over_epochs() -> None:
 def test_a_run_that_hacks_its_reward_is_stopped_and_stays_stopped(
     random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The held-out reward is the training reward turned round: it must fall."""
-    reward, opposite = (
-        {"name": n, "reward_model": f"tests.rewards_for_tests.{c}"} for n, c in (("a", "Brightness"), ("b", "Darkness"))
-    )
     values = run_values(
         random_sd3,
         tmp_path / "out",
-        train={"epochs": 40, "lr": 0.02, "evaluate_every": 2, "early_stop": 2, "save_every": 50},
-        rewards=[reward],
-        eval_rewards=[opposite],
+        train={"epochs": 20, "evaluate_every": 2, "early_stop": 2, "save_every": 50},
+        rewards=[{"name": "trained", "reward_model": "tests.rewards_for_tests.Rising"}],
+        eval_rewards=[{"name": "held", "reward_model": "tests.rewards_for_tests.Falling"}],
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
-    told = capsys.readouterr().err
-    assert "held-out reward 'b' fell by" in told and "this looks like reward hacking" in told
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: epoch ")]
+    # the evaluation of epoch 2 is the first to compare with; those of 4 and 6 have fallen
+    assert [line.split(":")[1].strip() for line in told] == ["epoch 4", "epoch 6"]
+    assert "held-out reward 'held' fell by 1 while the training reward 'trained' rose by 2" in told[0]
     rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    last = max(row["step"] for row in rows if "loss" in row)
-    assert last < 40
-    assert (tmp_path / "out" / "latest").resolve().name == f"epoch_{last:06d}"
-    assert EvaluationResult.load(tmp_path / "out" / "evaluations" / "after.json").settings["epoch"] == last
+    assert max(row["step"] for row in rows if "loss" in row) == 6
+    assert (tmp_path / "out" / "latest").resolve().name == "epoch_000006"
+    assert EvaluationResult.load(tmp_path / "out" / "evaluations" / "after.json").settings["epoch"] == 6
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
-    assert max(row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")) == last
+    assert max(row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
 
 
 def test_early_stop_needs_something_to_watch(

@@ -12,7 +12,7 @@ from tiltflow.config import RunConfig, read_yaml, run_config
 from tiltflow.data import PromptStream, load_prompts
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts
+from tiltflow.rewards import RewardArguments, RewardEngine, RewardModel, build_reward_model, check_prompts, identity
 from tiltflow.runtime.checkpoint import verify_checkpoint
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import Trainer, check_geometry
@@ -43,19 +43,39 @@ EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
 }
 
 
-def build_trainer(config: RunConfig, distributed: Distributed) -> Trainer:
+def build_engines(config: RunConfig, distributed: Distributed) -> tuple[RewardEngine, RewardEngine]:
+    """Build the engines of the training rewards and of the evaluation rewards (the same one where none are given).
+
+    Equal rewards of the two share one model.
+    """
+    models: dict[str, RewardModel] = {}
+
+    def factory(arguments: RewardArguments) -> RewardModel:
+        key = identity(arguments)
+        if key not in models:
+            models[key] = build_reward_model(arguments, distributed.accelerator)
+        return models[key]
+
+    training = RewardEngine(config.rewards, factory=factory)
+    return training, RewardEngine(config.eval_rewards, factory=factory) if config.eval_rewards else training
+
+
+def build_trainer(config: RunConfig, distributed: Distributed, engine: RewardEngine | None = None) -> Trainer:
     """Build everything that a run needs, the policy last, so that mistakes show before it is loaded.
 
     Touches no output.
+
+    Args:
+        config: The run.
+        distributed: The processes.
+        engine: The training rewards; None builds them.
     """
     check_geometry(config.train, distributed.world_size)
     prompts = load_prompts(config.data.prompts, split="train", blocklist=config.data.blocklist)
     stream = PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares)
     check_prompts(config.rewards, prompts, source=config.data.prompts)
     algorithm, _ = ALGORITHMS[config.train.trainer_type]
-    engine = RewardEngine(
-        config.rewards, factory=lambda arguments: build_reward_model(arguments, distributed.accelerator)
-    )
+    engine = engine or build_engines(config, distributed)[0]
     return Trainer(
         build_policy(config.policy, device=distributed.device, seed=config.seed),
         algorithm(config.algorithm),

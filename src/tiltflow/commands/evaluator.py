@@ -13,7 +13,7 @@ from tiltflow.algorithms import Snapshot
 from tiltflow.commands.build import described
 from tiltflow.config import RunConfig
 from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate
-from tiltflow.rewards import RewardEngine, build_reward_model
+from tiltflow.rewards import RewardEngine
 from tiltflow.runtime.tracking import TrackerGroup, read_jsonl
 from tiltflow.training.trainer import Trainer
 from tiltflow.types import Prompt
@@ -28,15 +28,17 @@ class Evaluator:
         self,
         config: RunConfig,
         trainer: Trainer,
+        engine: RewardEngine,
         prompts: Sequence[Prompt],
         *,
         directory: Path,
     ):
-        """Build the evaluation rewards.
+        """Take what is measured, and with what.
 
         Args:
             config: The run.
-            trainer: Whose policy is measured; its rewards serve unless the config has `eval_rewards`.
+            trainer: Whose policy is measured.
+            engine: The evaluation rewards.
             prompts: The evaluation prompts.
             directory: Where results are kept.
         """
@@ -49,12 +51,7 @@ class Evaluator:
         self._watch = HackingWatch(patience=config.train.early_stop)
         self.should_stop = False
         self._distributed = trainer.distributed
-        self._engine = trainer.engine
-        if config.eval_rewards:
-            accelerator = trainer.distributed.accelerator
-            self._engine = RewardEngine(
-                config.eval_rewards, factory=lambda reward: build_reward_model(reward, accelerator)
-            )
+        self._engine = engine
 
     def report_to(self, trackers: TrackerGroup, *, first_step: int) -> None:
         """Tell trackers the `eval/` metrics and pictures.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tiltflow.commands.build import CONFIG_FILE, build_trainer
+from tiltflow.commands.build import CONFIG_FILE, build_engines, build_trainer
 from tiltflow.commands.evaluator import Evaluator
 from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
 from tiltflow.data import load_prompts
@@ -18,7 +18,6 @@ from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup, build_trackers
 from tiltflow.training.trainer import Epoch, Trainer
-from tiltflow.types import Prompt
 
 # A run whose config changes in one of these is another run.
 IDENTITY = (
@@ -51,19 +50,18 @@ def run_training(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
     try:
         eval_prompts = load_prompts(config.data.eval_prompts, split="test", blocklist=config.data.blocklist)
         check_prompts(config.eval_rewards or config.rewards, eval_prompts, source=config.data.eval_prompts)
-        trainer = build_trainer(config, distributed)
-        _run(trainer, config, run_dir, eval_prompts, distributed)
+        engine, eval_engine = build_engines(config, distributed)
+        trainer = build_trainer(config, distributed, engine)
+        evaluator = Evaluator(config, trainer, eval_engine, eval_prompts, directory=run_dir / "evaluations")
+        _run(trainer, evaluator, config, run_dir, distributed)
     finally:
         distributed.close()
     return run_dir
 
 
-def _run(
-    trainer: Trainer, config: RunConfig, run_dir: Path, eval_prompts: Sequence[Prompt], distributed: Distributed
-) -> None:
+def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Path, distributed: Distributed) -> None:
     store = CheckpointStore(run_dir, keep=config.checkpoint.keep)
     resumed = _resume(trainer, config, store, distributed)
-    evaluator = Evaluator(config, trainer, eval_prompts, directory=run_dir / "evaluations")
     with _trackers(config, run_dir, trainer.epoch if resumed else None, distributed) as trackers:
         evaluator.report_to(trackers, first_step=trainer.epoch + 1 if resumed else 0)
         enabled = distributed.is_main and config.tracking.console

@@ -14,6 +14,7 @@ from tiltflow.rewards.registry import (
     build_reward_model,
     check_prompts,
     check_reward,
+    identity,
     reward_class,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "build_reward_model",
     "check_prompts",
     "check_reward",
+    "identity",
     "reward_class",
 ]
