@@ -250,6 +250,60 @@ def test_an_evaluation_lost_to_a_kill_is_made_up_for(
     ]
 
 
+@pytest.mark.parametrize("moment", ["epoch_000002", "after"])
+def test_an_evaluation_that_was_saved_and_not_told_is_told_later(
+    random_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    values = run_values(random_sd3, tmp_path / "out", train={"epochs": 3, "evaluate_every": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    save = EvaluationResult.save
+
+    def killed(self: EvaluationResult, directory: Path) -> Path:
+        path = save(self, directory)
+        if self.name == moment:
+            raise Stop
+        return path
+
+    monkeypatch.setattr(EvaluationResult, "save", killed)
+    with pytest.raises(Stop):
+        cli.main(["train", str(tmp_path / "run.yaml")])
+    monkeypatch.setattr(EvaluationResult, "save", save)
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    steps = [row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "eval/brightness" in row]
+    assert steps == [0, 1, 2, 3]
+
+
+def test_results_of_weights_that_are_given_up_are_forgotten(
+    random_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the evaluation of epoch 3, its checkpoint at 2, and resumed with another learning rate."""
+    train = {"epochs": 4, "evaluate_every": 1, "save_every": 2, "lr": 0.01}
+
+    def write(folder: str, lr: float) -> Path:
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump(run_values(random_sd3, tmp_path / folder, train={**train, "lr": lr})))
+        return path
+
+    save = EvaluationResult.save
+
+    def killed(self: EvaluationResult, directory: Path) -> Path:
+        path = save(self, directory)
+        if self.name == "epoch_000003":
+            raise Stop
+        return path
+
+    monkeypatch.setattr(EvaluationResult, "save", killed)
+    with pytest.raises(Stop):
+        cli.main(["train", str(write("out", 0.01))])
+    monkeypatch.setattr(EvaluationResult, "save", save)
+    old = EvaluationResult.load(tmp_path / "out" / "evaluations" / "epoch_000003.json")
+    for path in (tmp_path / "out" / "evaluations" / "before").glob("*.png"):
+        path.unlink()  # pictures that people threw away are missed by nobody
+    assert cli.main(["train", str(write("out", 0.2))]) == 0
+    new = EvaluationResult.load(tmp_path / "out" / "evaluations" / "epoch_000003.json")
+    assert [row.scores for row in new.rows] != [row.scores for row in old.rows]
+
+
 def test_a_reward_that_fails_late_in_an_evaluation_leaves_nothing(
     random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tiltflow.errors import ConfigError, DataError, RewardError
+from tiltflow.errors import CheckpointError, ConfigError, DataError, RewardError
 from tiltflow.evaluation import (
     Estimate,
     EvaluationConfig,
@@ -396,6 +396,30 @@ def test_before_and_after_share_noise_whatever_the_sizes() -> None:
     )
     assert [r.group for r in few.rows] == [0, 0, 2, 2, 3, 3]
     assert few.rows[2].scores == before.rows[4].scores
+
+
+def test_a_full_disk_leaves_the_earlier_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = evaluate(NoisePolicy(), engine(Brightness, names=["Geneval"]), PROMPTS, config=CONFIG, name="x")
+    result.save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 4  # a result and three pictures
+
+    def full(path: Path, data: bytes | str) -> None:
+        if path.suffix == ".json":
+            raise CheckpointError("no space")
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    monkeypatch.setattr("tiltflow.evaluation.results.write_atomically", full)
+    with pytest.raises(CheckpointError, match="no space"):
+        dataclasses.replace(result, settings={"other": 1}).save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_result_with_fewer_pictures_leaves_none_of_the_earlier_one(tmp_path: Path) -> None:
+    result = evaluate(NoisePolicy(), engine(Brightness, names=["Geneval"]), PROMPTS, config=CONFIG, name="x")
+    result.save(tmp_path)
+    dataclasses.replace(result, pictures={}).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_another_seed_makes_other_images() -> None:

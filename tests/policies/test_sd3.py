@@ -8,6 +8,8 @@ from tiltflow.commands import EMBEDDED_MODELS
 from tiltflow.errors import ConfigError
 from tiltflow.flow import sample
 from tiltflow.policies.sd3 import LORA_FILE, SD3Config, SD3Policy
+from tiltflow.training import SamplerConfig, rollout
+from tiltflow.types import Prompt
 
 PROMPTS = ["a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross"]
 
@@ -142,6 +144,15 @@ def test_unloaded_encoders_wait_on_the_cpu_and_come_back_for_a_new_prompt(random
     assert moves == ["cpu:0", "cpu"] * 2
     kept = build(random_sd3).conditioning(["a", "b"])
     assert all(torch.equal(rows.tensors[name], kept.tensors[name]) for name in kept.tensors)
+
+
+def test_a_rollout_moves_the_encoders_once(random_sd3, monkeypatch):
+    moves = []
+    policy = build(random_sd3, unload_text_encoders=True)
+    monkeypatch.setattr(type(policy), "_move_text_encoders", lambda self, to: moves.append(str(to)))
+    sampler = SamplerConfig(num_steps=1, guidance_scale=2.0, batch_size=2)
+    rollout(policy, [Prompt(text) for text in PROMPTS], groups=[0, 1, 2], group_size=3, sampler=sampler, seed=(0,))
+    assert len(moves) == 2
 
 
 def test_an_embedding_does_not_depend_on_its_batch_mates(random_sd3):

@@ -50,6 +50,28 @@ def test_two_processes(tmp_path: Path) -> None:
     assert second == "[3.0, [0, 1], ['c', 'd'], ('RewardError', 'judge'), ('ValueError', 'mistake')]"
 
 
+@pytest.mark.parametrize("bucket", [1, 5, 100])
+def test_gradients_are_summed_bucket_by_bucket(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
+    messages: list[int] = []
+
+    def doubled(flat: torch.Tensor) -> None:
+        messages.append(flat.numel())
+        flat.mul_(2)
+
+    monkeypatch.setattr("tiltflow.runtime.distributed.BUCKET", bucket)
+    monkeypatch.setattr("tiltflow.runtime.distributed.dist.all_reduce", doubled)
+    group = Distributed()
+    group.world_size = 2
+    parameters = [torch.nn.Parameter(torch.zeros(2, size)) for size in (1, 2, 3)]
+    for index, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, index + 1.0)
+    parameters[1].grad = None
+    group.sum_gradients(parameters)
+    assert [p.grad.unique().tolist() for p in parameters if p.grad is not None] == [[2.0], [0.0], [6.0]]
+    assert messages == {1: [2, 4, 6], 5: [6, 6], 100: [12]}[bucket]
+    group.sum_gradients([])
+
+
 def test_one_process_is_a_group_of_itself() -> None:
     group = Distributed()
     value = torch.tensor([1.0, 2.0])

@@ -91,7 +91,7 @@ def test_a_further_phase_is_recorded_beside_the_first(tmp_path):
             {"source": "tiltflow.demo.dataset:Nothing"},
             "cannot be made: KeyError: 'Nothing'; write package.module:Class",
         ),
-        ({"init_from": "nowhere"}, "nowhere"),
+        ({"init_from": "nowhere"}, "init_from='nowhere' holds no finished model; run the earlier phase first"),
     ],
 )
 def test_what_pretraining_cannot_read_is_named(tmp_path, options, message):

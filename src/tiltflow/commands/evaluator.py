@@ -14,6 +14,7 @@ from tiltflow.commands.build import described
 from tiltflow.config import RunConfig
 from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate
 from tiltflow.rewards import RewardEngine
+from tiltflow.runtime.files import remove
 from tiltflow.runtime.tracking import TrackerGroup, read_jsonl
 from tiltflow.training.trainer import Trainer
 from tiltflow.types import Prompt
@@ -46,23 +47,19 @@ class Evaluator:
         self._prompts = prompts
         self._run = config
         self._directory = directory
-        self._trackers = TrackerGroup([])
-        self._first_step = 0
+        self.trackers = TrackerGroup([])  # told the `eval/` metrics and pictures
         self._watch = HackingWatch(patience=config.train.early_stop)
         self.should_stop = False
         self._distributed = trainer.distributed
         self._engine = engine
 
-    def report_to(self, trackers: TrackerGroup, *, first_step: int) -> None:
-        """Tell trackers the `eval/` metrics and pictures.
-
-        Args:
-            trackers: Those of this process.
-            first_step: What they knew of this step and later ones they have forgotten, so that results which are
-                already there are told again.
-        """
-        self._trackers = trackers
-        self._first_step = first_step
+    def forget(self, *, after: int) -> None:
+        """Remove the results of epochs after this one: the weights of those epochs will be others."""
+        with self._distributed.together():
+            if self._distributed.is_main:
+                for path in self._directory.glob("*.json"):
+                    if EvaluationResult.load(path).settings.get("epoch", 0) > after:
+                        remove(path)
 
     def recall(self, epoch: int) -> None:
         """Let the watch see the evaluations of a resumed run that came before `epoch`."""
@@ -108,7 +105,7 @@ class Evaluator:
         with self._distributed.together():
             if self._distributed.is_main:
                 known = self._known(name, epoch)
-                if known is not None and epoch >= self._first_step:
+                if known is not None and not self._is_logged(epoch):
                     self._log(known, epoch)
         if self._distributed.gather(known is not None)[0]:
             return known
@@ -132,10 +129,19 @@ class Evaluator:
 
     def _log(self, result: EvaluationResult, epoch: int) -> None:
         values = {f"eval/{key}": estimate.value for key, estimate in result.summary.items()}
-        self._trackers.log(values, step=epoch)
-        kept = [(row.image, row.prompt) for row in result.rows if row.image is not None]
-        images = [result.pictures.get(place) or _picture(self._directory / place) for place, _ in kept]
-        self._trackers.log_images(f"eval/{result.name}", images, [prompt for _, prompt in kept], step=epoch)
+        self.trackers.log(values, step=epoch)
+        pictures = dict(result.pictures)
+        for row in result.rows:
+            if row.image is not None and row.image not in pictures and (self._directory / row.image).is_file():
+                pictures[row.image] = _picture(self._directory / row.image)
+        shown = [(pictures[row.image], row.prompt) for row in result.rows if row.image in pictures]
+        images, captions = [picture for picture, _ in shown], [prompt for _, prompt in shown]
+        self.trackers.log_images(f"eval/{result.name}", images, captions, step=epoch)
+
+    def _is_logged(self, epoch: int) -> bool:
+        """Tell whether the metrics of this run hold an evaluation of an epoch: a kill may have come before its row."""
+        rows = read_jsonl(self._directory.parent / METRICS_FILE)
+        return any(row["step"] == epoch and any(key.startswith("eval/") for key in row) for row in rows)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
         measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)

@@ -61,9 +61,11 @@ def run_training(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
 
 def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Path, distributed: Distributed) -> None:
     store = CheckpointStore(run_dir, keep=config.checkpoint.keep)
-    resumed = _resume(trainer, config, store, distributed)
+    resumed, changed = _resume(trainer, config, store, distributed)
     with _trackers(config, run_dir, trainer.epoch if resumed else None, distributed) as trackers:
-        evaluator.report_to(trackers, first_step=trainer.epoch + 1 if resumed else 0)
+        evaluator.trackers = trackers
+        if changed or not resumed:
+            evaluator.forget(after=trainer.epoch)
         enabled = distributed.is_main and config.tracking.console
         with ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
             evaluator.once("before", "ref", epoch=0, status=bar.status)
@@ -110,22 +112,26 @@ def _trackers(
         yield trackers
 
 
-def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distributed: Distributed) -> bool:
-    """Load the newest intact checkpoint on all ranks, if there is one; the main process chooses it."""
+def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distributed: Distributed) -> tuple[bool, bool]:
+    """Load the newest intact checkpoint on all ranks, if there is one; the main process chooses it.
+
+    Returns:
+        Whether there was one, and whether its run had another config.
+    """
     chosen: Path | None = None
     with distributed.together():
         if distributed.is_main and store.directory.exists():
             chosen = store.latest(on_skip=_warn)
     checkpoint = distributed.gather(chosen)[0]
     if checkpoint is None:
-        return False
+        return False, False
     changed = changed_keys(store.directory / CONFIG_FILE, config)
     trainer.load(checkpoint)
     if distributed.is_main:
         for line in changed:
             _warn(f"{store.directory} goes on with another value: {line}")
         print(f"resuming {store.directory} after epoch {trainer.epoch}", file=sys.stderr)
-    return True
+    return True, bool(changed)
 
 
 def changed_keys(path: Path, config: RunConfig) -> list[str]:

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 from tiltflow.errors import DataError
 from tiltflow.evaluation.statistics import Estimate, Floats, estimate_known, estimate_stratified
 from tiltflow.rewards.geneval import TAGS
-from tiltflow.runtime.files import make_folder, remove, write_atomically
+from tiltflow.runtime.files import make_folder, remove, write_atomically, write_error
 
 _TAGGED: Final = frozenset(
     {"tag", "correct", "strict", "partial"}
@@ -55,25 +57,39 @@ class EvaluationResult:
         return lines
 
     def save(self, directory: Path) -> Path:
-        """Write the pictures, then `<directory>/<name>.json`; a missing number is null.
+        """Write `<directory>/<name>.json` and the pictures in `<directory>/<name>/`; a missing number is null.
 
-        An earlier result of the name goes first: a kill on the way leaves none, never new pictures under old scores.
+        Everything is written beside its place first. An earlier result of the name stays until that is done, then
+        goes before the new one comes: a kill on the way leaves none, never new pictures under old scores.
 
         Raises:
-            CheckpointError: The system refused to write.
+            CheckpointError: The system refused to write; an earlier result is untouched.
         """
         make_folder(directory)
-        path = directory / f"{self.name}.json"
-        remove(path)
-        for place, picture in self.pictures.items():
-            write_png(picture, directory / place)
+        path, folder, waiting = directory / f"{self.name}.json", directory / self.name, directory / f".{self.name}.tmp"
         content = {
             "name": self.name,
             "settings": self.settings,
             "summary": {key: asdict(item) for key, item in self.summary.items()},
             "rows": [asdict(row) for row in self.rows],
         }
-        write_atomically(path, json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        try:
+            shutil.rmtree(waiting, ignore_errors=True)
+            make_folder(waiting)
+            for place, picture in self.pictures.items():
+                write_png(picture, waiting / Path(place).name)
+            write_atomically(waiting / path.name, text)
+            remove(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(waiting, folder)
+            os.replace(folder / path.name, path)
+            if not self.pictures:
+                folder.rmdir()
+        except OSError as error:
+            raise write_error(path.name, directory, error) from error
+        finally:
+            shutil.rmtree(waiting, ignore_errors=True)
         return path
 
     @classmethod

@@ -66,11 +66,15 @@ class Policy(ABC):
     def export(self, directory: Path) -> None:
         """Write the weights in use so that the family's stock pipeline loads them from `directory`."""
 
-    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the embeddings of prompts, float32 `[B, ...]`, each unique prompt computed once and cached."""
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Compute the embeddings that are not cached yet, all in one go."""
         missing = self._prompt_cache.missing(prompts)
         if missing:
             self._prompt_cache.put(missing, self.encode(missing))
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the embeddings of prompts, float32 `[B, ...]`, each unique prompt computed once and cached."""
+        self.prepare(prompts)
         return self._prompt_cache.get(prompts, self.device)
 
     def negative(self, count: int) -> Conditioning:

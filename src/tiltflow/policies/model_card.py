@@ -41,8 +41,8 @@ The third text encoder is there because the stock loader wants one; it answers z
 
 {phases}
 
-Stored: transformer and autoencoder in float16, text encoders in float32. `training.json` holds the whole config of
-every phase.
+Stored: transformer and autoencoder in float16, text encoders in float32. `training.json` holds the settings
+that each phase used.
 """
 
 

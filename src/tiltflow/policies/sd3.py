@@ -189,7 +189,8 @@ class SD3Policy(Policy):
     def _lora(self, seed: int) -> PolicyWeights:
         options = self.config.lora
         self.transformer.to(self.device, DTYPES[self.config.frozen_dtype])
-        with torch.random.fork_rng():  # peft draws the first weights from the global generator
+        own = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=own):  # peft draws the first weights from the global generator
             torch.manual_seed(seed)
             self.transformer.add_adapter(
                 LoraConfig(

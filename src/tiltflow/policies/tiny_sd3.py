@@ -49,7 +49,7 @@ def build_tiny_sd3(config: TinySD3Config, captions: Sequence[str], *, seed: int)
     Returns:
         A stock pipeline. Its T5 encoder answers zeros (see `_silent_t5`), so `max_sequence_length=1` loses nothing.
     """
-    with torch.random.fork_rng():  # the classes draw their first weights from the global generator
+    with torch.random.fork_rng(devices=[]):  # the classes draw their first weights from the global generator
         torch.manual_seed(seed)
         return _build(config, captions)
 

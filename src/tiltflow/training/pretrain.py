@@ -108,7 +108,7 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
     if config.init_from is None:
         pipe: Any = build_tiny_sd3(config.model, source.captions, seed=config.seed)
     else:
-        pipe = load_pipeline(config.init_from)
+        pipe = _earlier_phase(config.init_from)
         phases = _phases(Path(config.init_from) / PHASES_FILE)
     _claim(run_dir, config)
     images, captions = source.draw(config.pool_size, seed=config.seed)
@@ -146,6 +146,17 @@ def _publish(pipe: Any, phases: list[dict[str, Any]], card: str, run_dir: Path) 
             raise
         raise write_error("the finished model", run_dir, reason) from error
     return final
+
+
+def _earlier_phase(folder: str) -> Any:
+    """Load the model of an earlier phase."""
+    try:
+        return load_pipeline(folder)
+    except ConfigError as error:
+        raise ConfigError(
+            f"init_from={folder!r} holds no finished model; run the earlier phase first (such as: tiltflow pretrain "
+            "tiny_sd3), or give the folder of another model that was pretrained here"
+        ) from error
 
 
 def _claim(run_dir: Path, config: PretrainConfig) -> None:

@@ -53,12 +53,13 @@ def rollout(
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     noise = torch.cat([group_noise(policy.latent_shape, group_size, seed=(*seed, group)) for group in groups])
     ids = torch.tensor(groups, dtype=torch.long).repeat_interleave(group_size)
+    guided = sampler.guidance_scale != 1.0
+    policy.prepare([*([""] if guided else []), *(prompt.text for prompt in prompts)])
     sigmas = policy.sigmas(sampler.num_steps)
     parts: list[SampleBatch] = []
     for start in range(0, len(repeated), sampler.batch_size):
         part = slice(start, start + sampler.batch_size)
         conditioning = policy.conditioning([prompt.text for prompt in repeated[part]])
-        guided = sampler.guidance_scale != 1.0
         trajectory = sample(
             policy.velocity,
             noise[part].to(policy.device),
