@@ -156,7 +156,13 @@ def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Return an image `[3, H, W]` in [0, 1] with 8 bits per channel."""
+    """Return an image `[3, H, W]` in [0, 1] with 8 bits per channel.
+
+    Raises:
+        RewardError: It has NaN or infinite values, which 8 bits cannot say.
+    """
+    if not image.isfinite().all():
+        raise RewardError("an image has NaN or infinite values; give floats in [0, 1]")
     pixels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

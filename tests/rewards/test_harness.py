@@ -1,0 +1,317 @@
+"""Every built-in reward and three user-made ones through the harness, over tiny random weights."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reward_harness import CHECKS, Case
+from tests.rewards.samples import entry
+from tests.scorers.tiny_clip import save_clip, tiny_model, to_open_clip
+from tests.scorers.tiny_image_reward import random_state, write_models
+from tests.scorers.tiny_vlm import save_vlm
+from tests.tiny_detector import confident, save_tiny_clip, tiny_mask2former
+from tiltflow.data import geneval
+from tiltflow.demo.scenes import SceneObject, draw_scene
+from tiltflow.demo.words import draw_word, word_prompt
+from tiltflow.rewards import REWARDS, RewardModel
+from tiltflow.scorers.aesthetic import AestheticHead
+from tiltflow.scorers.checkpoints import MODELS_VARIABLE
+from tiltflow.types import Prompt
+
+GROUPS = (7, 7, 7, 3, 3, 9)
+TEXTS = ("cat", "a red dog", "dog cat dog")
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def of_groups(texts: tuple[str, str, str]) -> list[Prompt]:
+    """Return one prompt per sample, one text per group."""
+    names = dict(zip(dict.fromkeys(GROUPS), texts, strict=True))
+    return [Prompt(names[group]) for group in GROUPS]
+
+
+def of_lines(*lines: dict[str, Any]) -> list[Prompt]:
+    return [Prompt(line["prompt"], {key: line[key] for key in line if key != "prompt"}) for line in lines]
+
+
+@cache
+def noise() -> Tensor:
+    """Random pictures of 8 bits, each of another brightness, contrast and colour, `[6, 3, 64, 72]`."""
+    generator = np.random.default_rng(0)
+    spread, centre = generator.uniform(10, 90, (6, 1, 1, 1)), generator.uniform(60, 190, (6, 3, 1, 1))
+    coarse = generator.normal(size=(6, 3, 8, 9)).repeat(8, 2).repeat(8, 3)
+    return on_grid(np.clip(centre + spread * (coarse + generator.normal(size=coarse.shape)) / 2, 0, 255))
+
+
+@cache
+def signs() -> Tensor:
+    words = ("CAT", "CAR", "UP", "MOON", "MOON", "QUIZ")
+    drawn = [draw_word(word, rng=np.random.default_rng(seed)) for seed, word in enumerate(words)]
+    return on_grid(np.stack(drawn).transpose(0, 3, 1, 2))
+
+
+@cache
+def scenes() -> Tensor:
+    left, right = SceneObject("circle", "red", 16.0, 32.0, 10.0), SceneObject("square", "blue", 46.0, 32.0, 10.0)
+    drawn = [draw_scene(objects) for objects in ([left], [left, right], [right], [left], [left, right], [])]
+    return on_grid(np.stack(drawn).transpose(0, 3, 1, 2))
+
+
+def on_grid(levels: np.ndarray) -> Tensor:
+    return torch.from_numpy(levels.astype(np.uint8)).float() / 255
+
+
+SIGN_PROMPTS = of_groups((word_prompt("CAT"), word_prompt("MOON"), word_prompt("QUIT")))
+CIRCLE, BOTH = geneval.colors("circle", "red"), geneval.position("circle", "right of", "square")
+SCENE_PROMPTS = of_lines(BOTH, BOTH, BOTH, CIRCLE, CIRCLE, geneval.counting("square", 2))
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def write_pickscore(models: Path) -> None:
+    save_clip(models / "PickScore_v1", seed=1)
+
+
+def write_clip(models: Path) -> None:
+    save_clip(models / "clip-vit-large-patch14", seed=2, hidden_act="quick_gelu")
+
+
+def write_hps(models: Path) -> None:
+    write_clip(models)  # where the tokenizer is found
+    torch.save({"state_dict": to_open_clip(tiny_model(seed=3))}, models / "HPS_v2.1_compressed.pt")
+
+
+def write_aesthetic(models: Path) -> None:
+    write_clip(models)
+    torch.manual_seed(5)
+    head = AestheticHead(32)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.mul_(2.0)  # the initial weights rate all images alike
+    torch.save(head.state_dict(), models / "sac+logos+ava1-l14-linearMSE.pth")
+
+
+def write_image_reward(models: Path) -> None:
+    write_models(models, random_state())
+
+
+def write_deqa(models: Path) -> None:
+    save_vlm(models / "tiny-vlm")
+
+
+def write_detector(models: Path) -> None:
+    confident(tiny_mask2former()).save_pretrained(models / "mask2former")
+    save_tiny_clip(models / "clip")
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def scorer_of(reward: Any) -> Any:
+    return reward.scorer
+
+
+NO_NETWORK = "it has no network"
+NO_DTYPE = "it has no network, so that dtype changes nothing"
+BYTES = "it reads pictures of 8 bits, through which no gradient comes"
+RAPIDOCR = "RapidOCR's networks are ONNX files of the wheel, in float32, whose answers never leave RapidOCR"
+COUNTING = "its score counts objects: a step, not a slope"
+
+MASK2FORMER = {"weights": "mask2former", "color_model": "clip", "resize": "native"}
+
+CASES = [
+    Case(
+        "PickScore",
+        entry("r", "PickScore"),
+        write_pickscore,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        tolerance=1e-4,
+        bfloat16=0.1,
+    ),
+    Case(
+        "PickScore_Rank",
+        entry("r", "PickScore_Rank"),
+        write_pickscore,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        bfloat16=0.0,
+    ),
+    Case(
+        "CLIP",
+        entry("r", "CLIP"),
+        write_clip,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        tolerance=1e-5,
+        bfloat16=0.02,
+    ),
+    Case(
+        "HPSv2",
+        entry("r", "HPSv2"),
+        write_hps,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        tolerance=1e-5,
+        bfloat16=0.02,
+    ),
+    Case(
+        "AestheticScore",
+        entry("r", "AestheticScore"),
+        write_aesthetic,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        tolerance=1e-5,
+        bfloat16=0.02,
+    ),
+    Case(
+        "ImageReward",
+        entry("r", "ImageReward"),
+        write_image_reward,
+        of_groups(("w7 w9", "w8", "w7 w3 w3 w5")),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        tolerance=1e-5,
+        bfloat16=0.05,
+    ),
+    Case(
+        "DeQAScore",
+        entry("r", "DeQAScore", options={"model": "tiny-vlm"}),
+        write_deqa,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=lambda reward: reward._judge,
+        tolerance=1e-5,
+        bfloat16=0.05,
+        exempt={"gradient": BYTES},
+    ),
+    Case(
+        "OCR",
+        entry("r", "OCR", options={"workers": 1}),
+        None,
+        SIGN_PROMPTS,
+        signs,
+        GROUPS,
+        exempt={"gradient": BYTES, "dtype": RAPIDOCR, "broken_network": RAPIDOCR},
+    ),
+    Case(
+        "JPEGCompressibility",
+        entry("r", "JPEGCompressibility"),
+        None,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        exempt={"gradient": BYTES, "dtype": NO_DTYPE, "broken_network": NO_NETWORK},
+    ),
+    Case(
+        "Geneval",
+        entry("r", "Geneval", options=MASK2FORMER),
+        write_detector,
+        of_lines(*[geneval.single_object("cup")] * 6),
+        noise,
+        GROUPS,
+        network=lambda reward: reward._detector._network,
+        exempt={"gradient": COUNTING},
+    ),
+    Case(
+        "Geneval_shapes",
+        entry("r", "Geneval", options={"detector": "shapes"}),
+        None,
+        SCENE_PROMPTS,
+        scenes,
+        GROUPS,
+        exempt={"gradient": COUNTING, "dtype": NO_DTYPE, "broken_network": NO_NETWORK},
+    ),
+    Case(
+        "user_pointwise",
+        entry("r", "tests.rewards.user_made.Warmth"),
+        None,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        exempt={"gradient": BYTES, "dtype": NO_DTYPE, "broken_network": NO_NETWORK},
+    ),
+    Case(
+        "user_groupwise",
+        entry("r", "tests.rewards.user_made.ContrastRank"),
+        None,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        exempt={"gradient": BYTES, "dtype": NO_DTYPE, "broken_network": NO_NETWORK},
+    ),
+    Case(
+        "user_tensors",
+        entry("r", "tests.rewards.user_made.NetworkTaste"),
+        None,
+        of_groups(TEXTS),
+        noise,
+        GROUPS,
+        network=scorer_of,
+        tolerance=1e-5,
+        bfloat16=0.02,
+    ),
+]
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+def marks(case: Case, check: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.skip(reason=case.exempt[check])] if check in case.exempt else []
+
+
+PAIRS = [
+    pytest.param(case, check, marks=marks(case, check), id=f"{case.name}-{check}") for case in CASES for check in CHECKS
+]
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    """Return a case whose weights lie in the models folder, and nothing else does."""
+    found: Case = request.param
+    folder = tmp_path_factory.mktemp(found.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MODELS_VARIABLE, str(folder))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "no_cache"))
+        if found.write is not None:
+            found.write(folder)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def reward(case: Case) -> RewardModel:
+    return case.build()
+
+
+@pytest.mark.parametrize(("case", "check"), PAIRS, indirect=["case"], scope="module")
+def test_reward(case: Case, reward: RewardModel, check: str) -> None:
+    CHECKS[check](case, reward)
+
+
+def test_no_built_in_reward_is_missing() -> None:
+    assert {case.arguments.reward_model for case in CASES} >= set(REWARDS)
+    assert sum("." in case.arguments.reward_model for case in CASES) == 3
+
+
+def test_exemptions_are_of_checks_that_there_are_and_say_why() -> None:
+    for each in CASES:
+        assert set(each.exempt) <= set(CHECKS)
+        assert all(len(why.split()) >= 4 for why in each.exempt.values())
