@@ -135,9 +135,7 @@ def check_dtype(case: Case, reward: RewardModel) -> None:
     assert case.network is not None
     dtypes = {weight.dtype for weight in case.network(half).parameters() if weight.ndim > 1}
     assert torch.bfloat16 in dtypes
-    found = scores(case, half)
-    assert not torch.equal(found, scores(case, reward))
-    close(found, scores(case, reward), case.bfloat16)
+    close(scores(case, half), scores(case, reward), case.bfloat16)
 
 
 def check_pickling(case: Case, reward: RewardModel) -> None:
