@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.reward_harness import CHECKS, Case
 from tests.rewards.samples import entry
+from tests.rewards.user_made import ContrastRank, NetworkTaste, TinyNetwork, Warmth
 from tests.scorers.tiny_clip import save_clip, tiny_model, to_open_clip
 from tests.scorers.tiny_image_reward import random_state, write_models
 from tests.scorers.tiny_vlm import save_vlm
@@ -19,7 +20,7 @@ from tests.tiny_detector import save_tiny_clip, tiny_mask2former
 from tiltflow.data import geneval
 from tiltflow.demo.scenes import SceneObject, draw_scene
 from tiltflow.demo.words import draw_word, word_prompt
-from tiltflow.rewards import REWARDS, RewardModel
+from tiltflow.rewards import REWARDS, RewardArguments, RewardModel, RewardModelOutput
 from tiltflow.rewards.geneval_detector import CLASSES
 from tiltflow.scorers.aesthetic import AestheticHead
 from tiltflow.scorers.checkpoints import MODELS_VARIABLE
@@ -71,8 +72,10 @@ TEXT_PROMPTS = of_groups(("cat", "a red dog", "dog cat dog"))
 SIGN_PROMPTS = of_groups((word_prompt("CAT"), word_prompt("MOON"), word_prompt("QUIT")))
 CIRCLE, BOTH = geneval.colors("circle", "red"), geneval.position("circle", "right of", "square")
 SCENE_PROMPTS = of_lines(BOTH, BOTH, BOTH, CIRCLE, CIRCLE, geneval.counting("square", 2))
-CUPS, RED_CUP = geneval.counting("cup", 4), geneval.colors("cup", "red")
-CUP_PROMPTS = of_lines(CUPS, CUPS, CUPS, RED_CUP, RED_CUP, geneval.counting("cup", 2))
+# Not of the tag "counting", whose threshold is above what a random network is sure of.
+CUPS = {"tag": "single_object", "include": [{"class": "cup", "count": 4}], "prompt": "four cups"}
+GREEN_CUPS = {"tag": "colors", "include": [{"class": "cup", "count": 2, "color": "green"}], "prompt": "two green cups"}
+CUP_PROMPTS = of_lines(CUPS, CUPS, CUPS, GREEN_CUPS, GREEN_CUPS, {**CUPS, "prompt": "many cups"})
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
@@ -112,9 +115,8 @@ def write_detector(models: Path) -> None:
     network = tiny_mask2former()
     with torch.no_grad():  # it finds cups, in every picture another number of them
         network.class_predictor.weight.zero_()
-        network.class_predictor.weight[CLASSES.index("cup")].normal_(
-            std=6.0, generator=torch.Generator().manual_seed(3)
-        )
+        cup = network.class_predictor.weight[CLASSES.index("cup")]
+        cup.normal_(std=6.0, generator=torch.Generator().manual_seed(3))
         network.class_predictor.bias.zero_()
     network.save_pretrained(models / "mask2former")
     save_tiny_clip(models / "clip")
@@ -131,6 +133,7 @@ NO_NETWORK = "it has no network"
 NO_DTYPE = "it has no network, so that dtype changes nothing"
 BYTES = "it reads pictures of 8 bits, through which no gradient comes"
 RAPIDOCR = "RapidOCR's networks are ONNX files of the wheel, in float32, whose answers never leave RapidOCR"
+AT_THE_THRESHOLD = "a random network is unsure of its objects and in bfloat16 finds others; test_mask2former.py has it"
 COUNTING = "its score counts objects: a step, not a slope"
 
 
@@ -174,7 +177,7 @@ CASES = [
         noise,
         GROUPS,
         network=lambda reward: reward._detector._network,
-        exempt={"gradient": COUNTING},
+        exempt={"gradient": COUNTING, "dtype": AT_THE_THRESHOLD},
     ),
     of_pixels("Geneval_shapes", "Geneval", prompts=SCENE_PROMPTS, images=scenes, options={"detector": "shapes"}),
     of_pixels("JPEGCompressibility", "JPEGCompressibility"),
@@ -245,3 +248,91 @@ def test_exemptions_are_of_checks_that_there_are_and_say_why() -> None:
     for each in CASES:
         assert set(each.exempt) <= set(CHECKS)
         assert all(len(why.split()) >= 4 for why in each.exempt.values())
+
+
+# --- the harness itself: each check finds the fault that it is for ----------------------------------------------------
+
+
+class BatchCentred(Warmth):
+    """Depends on the batch."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        rewards = torch.as_tensor(super().__call__(prompt, image=image).rewards)
+        return RewardModelOutput(rewards - rewards.mean())
+
+
+class FirstIsBest(ContrastRank):
+    """Depends on the order within a group."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        return RewardModelOutput([float(-index) for index in range(len(prompt))])
+
+
+class Forgetful(Warmth):
+    """Has a state that does not travel."""
+
+    def __init__(self, config: RewardArguments, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        self.factor = 2.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "factor": 1.0}
+
+    def __call__(self, prompt, image=None, **media: Any):
+        return RewardModelOutput(torch.as_tensor(super().__call__(prompt, image=image).rewards) * self.factor)
+
+
+class FromTheCorner(NetworkTaste):
+    """Reads pictures upside down."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        return super().__call__(prompt, image=[item if item.is_contiguous() else item.flip(1) for item in image])
+
+
+class HalfDetached(TinyNetwork):
+    """Loses the gradient of the right half of the pixels."""
+
+    def score(self, images, prompts):
+        middle = images.shape[-1] // 2
+        return super().score(torch.cat([images[..., :middle], images[..., middle:].detach()], dim=-1), prompts)
+
+
+class LostGradient(NetworkTaste):
+    def __init__(self, config: RewardArguments, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        self.scorer = HalfDetached().to(self.device, self.dtype)
+
+
+class HidesNaN(NetworkTaste):
+    """Makes a zero of what is no number."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        return RewardModelOutput(torch.as_tensor(super().__call__(prompt, image=image).rewards).nan_to_num())
+
+
+class Whole(NetworkTaste):
+    """Ignores the dtype."""
+
+    def __init__(self, config: RewardArguments, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        self.scorer = TinyNetwork()
+
+
+@pytest.mark.parametrize(
+    ("cls", "check"),
+    [
+        (BatchCentred, "batch_invariance"),
+        (FirstIsBest, "order_invariance"),
+        (FromTheCorner, "pil_equals_tensor"),
+        (Forgetful, "pickling"),
+        (LostGradient, "gradient"),
+        (HidesNaN, "broken_network"),
+        (Whole, "dtype"),
+    ],
+)
+def test_a_faulty_reward_is_caught(cls: type[RewardModel], check: str) -> None:
+    path = f"tests.rewards.test_harness.{cls.__name__}"
+    network = scorer_of if issubclass(cls, NetworkTaste) else None
+    faulty = Case("faulty", entry("r", path), None, TEXT_PROMPTS, noise, GROUPS, network, tolerance=1e-5, bfloat16=0.05)
+    with pytest.raises(AssertionError):
+        CHECKS[check](faulty, faulty.build())

@@ -132,7 +132,7 @@ class Pass:
         for field in dict.fromkeys(broken.values()):
             samples = tuple(row for row in broken if broken[row] == field)
             self._broken.append(
-                RewardFailure(self.names[0], samples, "not finite", f"the {field} has NaN or infinite values")
+                RewardFailure(self.names[0], samples, "not finite", f"NaN or infinite values in {field}")
             )
         return [row for row in rows if row not in broken]
 
