@@ -5,8 +5,9 @@
 
 Ours is `scorer.score(tensors)` on `[B, 3, 512, 512]` in [0, 1]. The straightforward route is transformers': PIL images
 that are there already -> its processor (the PIL variant) -> its model, with the same weights in the same process. Both
-encode every prompt and every image anew. They take turns; what is printed are medians. `largest_difference` is between
-their scores: the processor resizes in 8 bits.
+encode every prompt and every image anew. They take turns; what is printed are medians. A generator makes tensors, so
+that the straightforward route must also make the PIL images: `ratio_from_tensors` counts that, `ratio` does not.
+`largest_difference` is between the two routes' scores: the processor resizes in 8 bits.
 """
 
 import argparse
@@ -72,17 +73,16 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(each) for each in levels]
 
 
-def alternate(ours: Callable[[], Any], theirs: Callable[[], Any], *, repeats: int) -> tuple[float, float]:
-    """Return the median seconds of both, run in turns after one unmeasured turn each."""
-    ours()
-    theirs()
-    seconds: dict[Callable[[], Any], list[float]] = {ours: [], theirs: []}
-    for _ in range(repeats):
-        for work, taken in seconds.items():
+def alternate(*works: Callable[[], Any], repeats: int) -> list[float]:
+    """Return the median seconds of each, run in turns after one unmeasured turn each."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for turn in range(1 + repeats):
+        for work, taken in zip(works, seconds, strict=True):
             began = time.perf_counter()
             work()
-            taken.append(time.perf_counter() - began)
-    return statistics.median(seconds[ours]), statistics.median(seconds[theirs])
+            if turn:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in seconds]
 
 
 def report(part: str, images: int, ours: float, theirs: float, **more: Any) -> None:
@@ -169,10 +169,12 @@ class ClipRoutes:
 
 
 def measured(ours: Route, theirs: Route, count: int, *, repeats: int, **more: Any) -> None:
+    tensors, _ = pictures(count)
     with torch.no_grad():
         difference = (ours() - theirs()).abs().max().item()
-        seconds = alternate(ours, theirs, repeats=repeats)
-    report("scorer", count, *seconds, **more, largest_difference=round(difference, 5), repeats=repeats)
+        own, other, conversion = alternate(ours, theirs, lambda: to_pil(tensors), repeats=repeats)
+    more |= {"ratio_from_tensors": round((other + conversion) / own, 3), "repeats": repeats}
+    report("scorer", count, own, other, **more, largest_difference=round(difference, 5))
 
 
 def compare_image_reward(models: Path, count: int, *, repeats: int) -> None:
@@ -218,8 +220,8 @@ def compare_preprocessing(count: int, *, repeats: int) -> None:
         return processor(to_pil(tensors), return_tensors="pt")["pixel_values"]
 
     difference = (clip_preprocess(tensors) - straightforward()).abs().max().item()
-    seconds = alternate(lambda: clip_preprocess(tensors), straightforward, repeats=repeats)
-    report("preprocessing", count, *seconds, largest_difference=round(difference, 5), repeats=repeats)
+    own, other = alternate(lambda: clip_preprocess(tensors), straightforward, repeats=repeats)
+    report("preprocessing", count, own, other, largest_difference=round(difference, 5), repeats=repeats)
 
 
 class Nothing(PointwiseRewardModel):
@@ -245,13 +247,8 @@ def time_engine(count: int, *, repeats: int) -> None:
     line: dict[str, Any] = {"benchmark": "scoring", "part": "engine", "images": count, "repeats": repeats}
     for name, cls in (("tensors", Nothing), ("pictures", NothingOfPictures)):
         engine = RewardEngine([RewardArguments(name="r", reward_model="r", device="cpu")], factory=cls)
-        engine.score(samples)
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            engine.score(samples)
-            seconds.append(time.perf_counter() - began)
-        line[f"{name}_ms_per_image"] = round(1000 * statistics.median(seconds) / count, 4)
+        (seconds,) = alternate(lambda engine=engine: engine.score(samples), repeats=repeats)
+        line[f"{name}_ms_per_image"] = round(1000 * seconds / count, 4)
     print(json.dumps(line), flush=True)
 
 

@@ -156,7 +156,6 @@ def check_gradient(case: Case, reward: RewardModel) -> None:
     scorer.score(pixels, prompts).double().sum().backward()
     assert pixels.grad is not None and pixels.grad.flatten(1).norm(dim=1).gt(0).all()
     assert all(weight.grad is None and not weight.requires_grad for weight in scorer.parameters())
-
     gradient = pixels.grad.double()
     length = gradient.norm()
 
@@ -247,15 +246,13 @@ def in_the_other_form(reward: RewardModel) -> RewardModel:
     """Return a reward that asks the engine for the form of images that `reward` does not read, and converts them."""
     kind = GroupwiseRewardModel if isinstance(reward, GroupwiseRewardModel) else PointwiseRewardModel
 
-    class Other(kind):
-        required_fields = reward.required_fields
-        use_tensor_inputs = not reward.use_tensor_inputs
+    def call(self: RewardModel, prompt: Any = None, image: Any = None, **rest: Any) -> RewardModelOutput:
+        fields = {"prompt": prompt, "image": [_converted(item) for item in image], **rest}
+        return reward(**{name: fields[name] for name in reward.required_fields})
 
-        def __call__(self, prompt: Any = None, image: Any = None, **rest: Any) -> RewardModelOutput:
-            fields = {"prompt": prompt, "image": [_converted(item) for item in image], **rest}
-            return reward(**{name: fields[name] for name in reward.required_fields})
-
-    return Other(reward.config)
+    form = {"required_fields": reward.required_fields, "use_tensor_inputs": not reward.use_tensor_inputs}
+    made: Any = type("Other", (kind,), {**form, "__call__": call})
+    return made(reward.config)
 
 
 def _converted(image: Tensor | Image.Image) -> Tensor | Image.Image:

@@ -286,7 +286,7 @@ class FromTheCorner(NetworkTaste):
     """Reads pictures upside down."""
 
     def __call__(self, prompt, image=None, **media: Any):
-        return super().__call__(prompt, image=[item if item.is_contiguous() else item.flip(1) for item in image])
+        return super().__call__(prompt, image=[item if item.is_contiguous() else item.flip(1) for item in image or []])
 
 
 class HalfDetached(TinyNetwork):

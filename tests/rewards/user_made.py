@@ -55,7 +55,7 @@ class TinyNetwork(Scorer):
         self.freeze()
 
     def score(self, images, prompts):
-        return self.layers(images.to(self.device, self.dtype)).flatten().float()
+        return self.layers(torch.stack(list(images)).to(self.device, self.dtype)).flatten().float()
 
 
 class NetworkTaste(PointwiseRewardModel):
@@ -70,4 +70,4 @@ class NetworkTaste(PointwiseRewardModel):
 
     @torch.no_grad()
     def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
-        return RewardModelOutput(rewards=self.scorer.score(torch.stack(image), prompt))
+        return RewardModelOutput(rewards=self.scorer.score(image, prompt))

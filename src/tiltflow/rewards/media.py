@@ -157,5 +157,5 @@ def _pictures(value: Any) -> Any:
     """Return a tensor `[..., 3, H, W]` in [0, 1], or a nest of them, as PIL images in nested lists."""
     if not isinstance(value, Tensor) or value.ndim > 3:
         return [_pictures(item) for item in value]
-    pixels = (value.detach().float() * 255).round_().clamp_(0, 255).to("cpu", torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().numpy())
+    levels = (value.detach().float() * 255).round_().clamp_(0, 255).to("cpu", torch.uint8)
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in levels.numpy()])  # sooner done than moving axes
