@@ -22,6 +22,7 @@ from tiltflow.demo.scenes import SceneObject, draw_scene
 from tiltflow.demo.words import draw_word, word_prompt
 from tiltflow.rewards import REWARDS, RewardArguments, RewardModel, RewardModelOutput
 from tiltflow.rewards.geneval_detector import CLASSES
+from tiltflow.scorers import Scorer
 from tiltflow.scorers.aesthetic import AestheticHead
 from tiltflow.scorers.checkpoints import MODELS_VARIABLE
 from tiltflow.types import Prompt
@@ -129,6 +130,10 @@ def scorer_of(reward: Any) -> Any:
     return reward.scorer
 
 
+def judge_of(reward: Any) -> Any:
+    return reward._judge
+
+
 NO_NETWORK = "it has no network"
 NO_DTYPE = "it has no network, so that dtype changes nothing"
 BYTES = "it reads pictures of 8 bits, through which no gradient comes"
@@ -164,7 +169,7 @@ CASES = [
         TEXT_PROMPTS,
         noise,
         GROUPS,
-        network=lambda reward: reward._judge,
+        network=judge_of,
         tolerance=1e-5,
         bfloat16=0.25,
         exempt={"gradient": BYTES},
@@ -237,6 +242,17 @@ def reward(case: Case) -> RewardModel:
 @pytest.mark.parametrize(("case", "check"), PAIRS, indirect=["case"])
 def test_reward(case: Case, reward: RewardModel, check: str) -> None:
     CHECKS[check](case, reward)
+
+
+WITH_SCORERS = [pytest.param(case, id=case.name) for case in CASES if case.network in (scorer_of, judge_of)]
+
+
+@pytest.mark.parametrize("case", WITH_SCORERS, indirect=True)
+def test_what_is_differentiable_is_not_exempt(case: Case, reward: RewardModel) -> None:
+    assert case.network is not None
+    scorer = case.network(reward)
+    assert isinstance(scorer, Scorer)
+    assert scorer.differentiable == ("gradient" not in case.exempt)
 
 
 def test_no_built_in_reward_is_missing() -> None:
