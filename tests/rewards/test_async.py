@@ -259,6 +259,52 @@ def test_fields_of_the_wrong_length_are_refused() -> None:
         scoring.add([Prompt("a"), Prompt("b")], [0, 1], images=torch.rand(1, 3, 4, 4))
 
 
+def test_a_medium_that_is_not_finite_is_never_shown_and_its_sample_fails() -> None:
+    class Counts(Seen):
+        required_fields = ("video", "condition_images")
+
+        def __call__(self, video=None, condition_images=None, **rest: Any):
+            self.shown = len(video or [])
+            return RewardModelOutput([1.0] * self.shown)
+
+    engine = engine_of(Counts, async_reward=True, on_error="mask")
+    videos, conditions = torch.rand(4, 2, 3, 4, 4), [[torch.rand(3, 4, 4), torch.rand(3, 8, 4)] for _ in range(4)]
+    videos[1, 1, 0, 0, 0] = float("nan")
+    conditions[2][1][0, 0, 0] = float("inf")
+    with engine.begin() as scoring:
+        scoring.add([Prompt("a")] * 4, [0, 1, 2, 3], videos=videos, condition_images=conditions)
+        table = scoring.finish()
+    (model,) = engine.models.values()
+    assert isinstance(model, Counts) and model.shown == 2
+    assert table.column("r").isnan().tolist() == [False, True, True, False]
+    assert {(failure.samples, failure.kind, failure.message) for failure in table.failures} == {
+        ((1,), "not finite", "NaN or infinite values in video"),
+        ((2,), "not finite", "NaN or infinite values in condition_images"),
+    }
+
+
+def test_a_broken_image_does_not_concern_a_reward_that_reads_text_and_stops_others() -> None:
+    class Text(PointwiseRewardModel):
+        required_fields = ("prompt",)
+
+        def __call__(self, prompt, **rest: Any):
+            return RewardModelOutput([float(len(text)) for text in prompt])
+
+    samples = batch([0.1, float("nan"), 0.3], groups=[4, 4, 4])
+    assert engine_of(Text).score(samples).column("r").tolist() == [8.0] * 3
+    with pytest.raises(RewardError, match="failed on 1 samples, the first of prompt 'prompt 4': not finite: NaN or"):
+        engine_of(Watched).score(samples)
+    table = engine_of(WatchedGroup, async_reward=True, on_error="mask").score(samples)
+    assert table.column("r")[[0, 2]].tolist() == pytest.approx([-0.1, 0.1])
+    assert [failure.samples for failure in table.failures] == [(1,)]
+
+
+def test_no_samples_make_an_empty_table() -> None:
+    for cls in (Watched, WatchedGroup):
+        table = engine_of(cls).score(batch([]))
+        assert (tuple(table.scores.shape), table.failures) == ((0, 1), ())
+
+
 def test_each_picture_is_made_once_for_all_rewards() -> None:
     class Keeps(PointwiseRewardModel):
         def __call__(self, prompt, image=None, **fields: Any):

@@ -93,6 +93,14 @@ def test_pixels_are_rounded_to_eight_bits() -> None:
     assert to_pil(image).getpixel((0, 0)) == (0, 128, 255)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_no_numbers_are_refused(value: float) -> None:
+    image = torch.rand(3, 4, 4)
+    image[1, 2, 3] = value
+    with pytest.raises(RewardError, match="an image has NaN or infinite values"):
+        to_pil(image)
+
+
 def test_half_precision(llava: Path) -> None:
     images = pictures((28, 28), (56, 56))
     half = DeQAScorer.from_folder(llava, dtype=torch.bfloat16)

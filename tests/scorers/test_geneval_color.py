@@ -179,3 +179,12 @@ def test_an_incomplete_model(tmp_path: Path) -> None:
     folder = save_tiny_clip(tmp_path / "clip", drop="visual_projection.weight")
     with pytest.raises(RewardError, match=r"does not fit CLIP: missing visual_projection.weight"):
         load_color_classifier(folder)
+
+
+def test_an_answer_that_is_not_finite_is_no_color(tmp_path: Path) -> None:
+    classifier = load_color_classifier(save_tiny_clip(tmp_path / "clip"))
+    crops = [classifier.crop(flat((200, 0, 0)), (0, 0, 30, 30))]
+    with torch.no_grad():
+        classifier.model.visual_projection.weight[0, 0] = torch.nan
+    with pytest.raises(RewardError, match="the CLIP that names colours answered NaN or infinite values"):
+        classifier.colors(crops, ["cup"])

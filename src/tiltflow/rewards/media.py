@@ -33,6 +33,7 @@ class Media:
     def __post_init__(self) -> None:
         self._lock = Lock()
         self._pil: dict[tuple[str, int], Any] = {}
+        self._finite: dict[tuple[str, int], bool] = {}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -77,6 +78,8 @@ class Media:
         Raises:
             RewardError: They do not; names the reward and the field.
         """
+        if not self.prompts:  # of no samples nothing can be absent
+            return
         has = {
             "prompt": True,
             "metadata": True,
@@ -88,6 +91,21 @@ class Media:
         absent = [field for field in model.required_fields if not has[field]]
         if absent:
             raise RewardError(f"reward {name!r} requires {absent[0]!r}, which these samples do not have")
+
+    def broken_field(self, model: RewardModel, row: int) -> str | None:
+        """Return the first required field of a row that has NaN or infinite values, or None.
+
+        A picture of 8 bits cannot show them: they would become some colour, and that a score.
+        """
+        for name in model.required_fields:
+            if name in ("prompt", "metadata"):
+                continue
+            key = (name, row)
+            if key not in self._finite:
+                self._finite[key] = _all_finite(self._values(name)[row])
+            if not self._finite[key]:
+                return name
+        return None
 
     def fields(self, model: RewardModel, rows: Sequence[int]) -> dict[str, Any]:
         """Return the required fields of some rows as keyword arguments."""
@@ -114,15 +132,30 @@ class Media:
         with self._lock:
             if key in self._pil:
                 return self._pil[key]
-        source = {"image": self.images, "video": self.videos}.get(name) or getattr(self, name)
-        made = _pictures(source[row])
+        made = _pictures(self._values(name)[row])
         with self._lock:
             return self._pil.setdefault(key, made)
+
+    def _values(self, name: str) -> Sequence[Any]:
+        """Return the tensors of a field that is not text."""
+        return {
+            "image": self.images,
+            "video": self.videos,
+            "condition_images": self.condition_images,
+            "condition_videos": self.condition_videos,
+        }[name]
+
+
+def _all_finite(value: Any) -> bool:
+    """Tell whether a tensor, or a nest of them, has only finite values; one sum is several times faster than asking."""
+    if isinstance(value, Tensor):
+        return bool(value.sum(dtype=torch.float32).isfinite())
+    return all(_all_finite(item) for item in value)
 
 
 def _pictures(value: Any) -> Any:
     """Return a tensor `[..., 3, H, W]` in [0, 1], or a nest of them, as PIL images in nested lists."""
     if not isinstance(value, Tensor) or value.ndim > 3:
         return [_pictures(item) for item in value]
-    pixels = (value.detach().float() * 255).round_().clamp_(0, 255).to("cpu", torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().numpy())
+    levels = (value.detach().float() * 255).round_().clamp_(0, 255).to("cpu", torch.uint8)
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in levels.numpy()])  # sooner done than moving axes

@@ -55,10 +55,15 @@ class Pass:
             timeouts = [entry.timeout for entry in entries if entry.timeout is not None]
             self._lanes = Lanes(workers, name=f"reward-{self.names[0]}", timeout=max(timeouts, default=None))
         self._answers: dict[int, Answer | Exception] = {}
+        self._broken: list[RewardFailure] = []
 
     def feed(self, rows: Sequence[int]) -> None:
-        """Take new samples; an asynchronous reward begins with the batches or groups that are now full."""
-        self._waiting += rows
+        """Take new samples; an asynchronous reward begins with the batches or groups that are now full.
+
+        Samples with a medium that is not finite are recorded as failures and never shown to the reward: it would spoil
+        the answers about others, or make a number of what is none.
+        """
+        self._waiting += self._sound(rows)
         if self._lanes is None:
             return
         if not isinstance(self.model, GroupwiseRewardModel):
@@ -97,7 +102,7 @@ class Pass:
         """Wait for all calls and put their answers in the places of their samples."""
         total = len(self._media)
         scores = torch.full((total,), math.nan)
-        failures: list[RewardFailure] = []
+        failures = list(self._broken)
         extra: dict[str, list[Any]] = {}
         for index, (rows, _) in enumerate(self._jobs):
             answer = self._answer(index)
@@ -120,6 +125,16 @@ class Pass:
         """End the worker threads; calls that have not begun are dropped."""
         if self._lanes is not None:
             self._lanes.close()
+
+    def _sound(self, rows: Sequence[int]) -> list[int]:
+        """Return the rows whose media are finite, and keep a record of the others."""
+        broken = {row: field for row in rows if (field := self._media.broken_field(self.model, row)) is not None}
+        for field in dict.fromkeys(broken.values()):
+            samples = tuple(row for row in broken if broken[row] == field)
+            self._broken.append(
+                RewardFailure(self.names[0], samples, "not finite", f"NaN or infinite values in {field}")
+            )
+        return [row for row in rows if row not in broken]
 
     def _submit(self, rows: list[int]) -> None:
         call = None if self._lanes is None else self._lanes.submit(lambda: self._ask(rows))

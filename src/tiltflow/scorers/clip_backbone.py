@@ -129,7 +129,9 @@ class ClipBackbone(nn.Module):
             found = [self._images.get(row, preprocess) for row in rows]
             missing = [index for index, feature in enumerate(found) if feature is None]
             if missing:
-                fresh = self._encode_images([rows[index] for index in missing], preprocess)
+                # A batch of which nothing is known goes as it is: stacking its rows again costs as much as resizing.
+                new = images if len(missing) == len(rows) else [rows[index] for index in missing]
+                fresh = self._encode_images(new, preprocess)
                 for index, feature in zip(missing, fresh, strict=True):
                     self._images.put(rows[index], preprocess, feature)
                     found[index] = feature

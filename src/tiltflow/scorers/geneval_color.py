@@ -70,8 +70,17 @@ class ColorClassifier(nn.Module):
         Args:
             crops: N inputs from `crop`.
             labels: What each object is, in words: it is part of the texts.
+
+        Raises:
+            RewardError: The network's answer is not finite, of which the greatest would be some colour.
         """
-        return [COLORS[index] for index in self.logits(crops, labels).argmax(1).tolist()]
+        logits = self.logits(crops, labels)
+        if not logits.isfinite().all():
+            raise RewardError(
+                "the CLIP that names colours answered NaN or infinite values; compute in float32, or look for damaged "
+                "weights"
+            )
+        return [COLORS[index] for index in logits.argmax(1).tolist()]
 
     @torch.inference_mode()
     def logits(self, crops: Sequence[Tensor], labels: Sequence[str]) -> Tensor:

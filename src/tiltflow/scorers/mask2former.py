@@ -127,6 +127,9 @@ class Mask2Former(nn.Module):
 
         Returns:
             Per image at most 100 instances, on the CPU.
+
+        Raises:
+            RewardError: The network's answer is not finite, which would pass for "nothing found".
         """
         rows_of: dict[tuple[int, int], list[int]] = {}
         for row, image in enumerate(images):
@@ -136,6 +139,11 @@ class Mask2Former(nn.Module):
             for chunk in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
                 pixels = torch.stack([self.prepare(images[row]) for row in chunk])
                 classes, masks = self.network(pixels)
+                if not (classes.isfinite().all() and masks.isfinite().all()):
+                    raise RewardError(
+                        f"Mask2Former in {pixels.dtype} answered NaN or infinite values; compute in float32, or look "
+                        "for damaged weights"
+                    )
                 for index, row in enumerate(chunk):
                     shape = self._resized_shape(images[row])
                     upsample = _Upsample(masks[index].float(), _padded(shape), shape, tuple(images[row].shape[-2:]))
