@@ -60,12 +60,11 @@ class Page(HTMLParser):
 
 
 def result(name: str, right: Sequence[bool], folder: Path, *, failed: int = -1) -> EvaluationResult:
-    rows = []
+    rows, pictures = [], {}
     for index, strict in enumerate(right):
         tag = ("colors", "position")[index % 2]
         image = f"{name}/{index:05d}_00.png"
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (10 * index, 200 if strict else 20, 0)).save(folder / image)
+        pictures[image] = Image.new("RGB", (8, 8), (10 * index, 200 if strict else 20, 0))
         info = {
             "tag": tag,
             "correct": strict,
@@ -77,7 +76,8 @@ def result(name: str, right: Sequence[bool], folder: Path, *, failed: int = -1) 
         cells = {"Geneval": info} | ({"Other": {"failure": "OSError: gone away"}} if index == failed else {})
         prompt = ATTACK if index == 0 else f"prompt number {index}"
         rows.append(EvaluationRow(prompt, 0, index, scores, cells, image))
-    found = EvaluationResult(name, {"num_steps": 7, "images": len(rows), "prompts": len(rows)}, summarise(rows), rows)
+    settings = {"num_steps": 7, "images": len(rows), "prompts": len(rows)}
+    found = EvaluationResult(name, settings, summarise(rows), rows, pictures)
     found.save(folder)
     return found
 
