@@ -100,8 +100,11 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_stays_stopped(
     assert max(row["step"] for row in rows if "loss" in row) == 6
     assert (tmp_path / "out" / "latest").resolve().name == "epoch_000006"
     assert EvaluationResult.load(tmp_path / "out" / "evaluations" / "after.json").settings["epoch"] == 6
+    manifest = tmp_path / "out" / "epoch_000006" / "manifest.json"
+    written = manifest.stat().st_ino, manifest.stat().st_mtime_ns
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     assert max(row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == written
 
 
 def test_early_stop_needs_something_to_watch(

@@ -87,7 +87,7 @@ def _save_if_stopped(trainer: Trainer, config: RunConfig, store: CheckpointStore
     """Save a run that was stopped at an epoch without a checkpoint."""
     with trainer.distributed.together():
         stopped = trainer.epoch < config.train.epochs and trainer.epoch % config.train.save_every != 0
-        if trainer.distributed.is_main and stopped:
+        if trainer.distributed.is_main and stopped and not store.has(trainer.epoch):
             store.save(trainer.epoch, trainer.save)
 
 

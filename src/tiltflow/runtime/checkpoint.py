@@ -110,6 +110,10 @@ class CheckpointStore:
             raise write_error(f"the removal of checkpoints older than {final.name}", self.directory, error) from error
         return final
 
+    def has(self, epoch: int) -> bool:
+        """Tell whether there is a checkpoint of this number; it is not verified."""
+        return (self.directory / f"epoch_{epoch:06d}" / MANIFEST).is_file()
+
     def latest(self, *, on_skip: Callable[[str], None]) -> Path | None:
         """Return the newest checkpoint whose files all verify.
 

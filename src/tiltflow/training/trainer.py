@@ -217,7 +217,9 @@ class Trainer:
         policy = Velocities(self.policy.velocity, self.policy.weights.using)
         sigmas = self.policy.sigmas(self.sampler.num_steps).cpu()
         # Every rank sums the same names, also one that has no row to learn from.
-        sums = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", *self.algorithm.metric_names)}
+        # They stay on the device until the end: reading one would wait for the batch that made it.
+        zero = torch.zeros((), dtype=torch.float64, device=self.policy.device)
+        sums = dict.fromkeys(("loss", *self.algorithm.metric_names), zero)
         for group in scored.groups.unique().tolist():
             rows = (scored.groups == group).nonzero().flatten()
             noised = self.algorithm.noise(
@@ -233,7 +235,7 @@ class Trainer:
                 output = self.algorithm.loss(part, policy)
                 (output.loss * share).backward()
                 for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-                    sums[name] += share * value.double().cpu()
+                    sums[name] = sums[name] + share * value.double()
         return {**self._step(), **self._sum_metrics(sums)}
 
     def _step(self) -> dict[str, float]:
@@ -251,7 +253,7 @@ class Trainer:
         return {"grad_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _sum_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        values = self.distributed.sum(torch.stack(list(sums.values())))
+        values = self.distributed.sum(torch.stack(list(sums.values())).cpu())
         return dict(zip(sums, values.tolist(), strict=True))
 
 
