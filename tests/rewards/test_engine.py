@@ -183,6 +183,18 @@ def test_extra_info_comes_under_the_reward_s_name_with_gaps_where_it_failed() ->
     assert table.extra_info == {"r": {"text": ["PROMPT 0", None, "PROMPT 2"]}}
 
 
+def test_a_reward_can_tell_why_single_samples_failed() -> None:
+    why: dict[int, Exception] = {0: TimeoutError("too slow"), 2: ValueError("no picture"), 3: ValueError("no picture")}
+    output = RewardModelOutput([math.nan, 0.5, 7.0, math.nan, math.inf], failures=why)
+    table = engine_of(output_of(output), on_error="mask").score(batch([0] * 5))
+    assert [math.isnan(score) for score in table.column("r").tolist()] == [True, False, True, True, True]
+    assert table.failures == (
+        RewardFailure("r", (0,), "timeout", "too slow"),
+        RewardFailure("r", (2, 3), "ValueError", "no picture"),
+        RewardFailure("r", (4,), "not finite", "the reward is NaN or infinite"),
+    )
+
+
 # --- forms of a result ------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +244,7 @@ FAILURES = [
     (torch.zeros(3), "TypeError", "returned Tensor; return RewardModelOutput(rewards=...)"),
     (None, "TypeError", "returned NoneType; return RewardModelOutput(rewards=...)"),
     (RewardModelOutput(["a", "b", "c"]), "ValueError", "could not convert string to float: 'a'"),
+    (RewardModelOutput([1.0] * 3, failures={3: ValueError("?")}), "length", "failures names sample 3 of 3"),
 ]
 
 

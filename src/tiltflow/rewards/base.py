@@ -45,6 +45,7 @@ class RewardModelOutput:
 
     rewards: Tensor | Sequence[float]  # [B]; NaN marks a sample that could not be scored
     extra_info: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Any])  # key -> B values
+    failures: Mapping[int, Exception] = field(default_factory=dict[int, Exception])  # place in the batch -> why
 
 
 class Weights(Protocol):
@@ -65,7 +66,7 @@ class RewardModel(ABC):
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
     use_tensor_inputs: ClassVar[bool] = False
-    remote: ClassVar[bool] = False  # asks another process or machine, which may be out of reach
+    remote: bool = False  # asks another process or machine, which may be out of reach
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
 

@@ -14,7 +14,7 @@ from tiltflow.rewards.lanes import Call, Lanes
 from tiltflow.rewards.media import Media
 from tiltflow.types import RewardFailure
 
-Answer = tuple[Tensor, Mapping[str, Sequence[Any]]]
+Answer = tuple[Tensor, Mapping[str, Sequence[Any]], Mapping[int, Exception]]
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,13 @@ class Pass:
             if isinstance(answer, Exception):
                 failures.append(RewardFailure(self.names[0], tuple(rows), _kind(answer), str(answer)))
                 continue
-            values, info = answer
+            values, info, told = answer
+            failures += self._told(rows, told)
             finite = values.isfinite()
-            bad = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
+            bad = [row for place, row in enumerate(rows) if not finite[place] and place not in told]
             if bad:
                 failures.append(RewardFailure(self.names[0], tuple(bad), "not finite", "the reward is NaN or infinite"))
+            finite[list(told)] = False
             scores[rows] = values.masked_fill(~finite, math.nan)
             for key, column in info.items():
                 cells = extra.setdefault(key, [None] * total)
@@ -149,6 +151,13 @@ class Pass:
         except Exception as error:  # as above: a failure is a value
             return error
 
+    def _told(self, rows: Sequence[int], told: Mapping[int, Exception]) -> list[RewardFailure]:
+        """Return the failures that a reward told of single samples, one for each distinct reason."""
+        reasons: dict[tuple[str, str], list[int]] = {}
+        for place, error in sorted(told.items()):
+            reasons.setdefault((_kind(error), str(error)), []).append(rows[place])
+        return [RewardFailure(self.names[0], tuple(bad), *reason) for reason, bad in reasons.items()]
+
     def _ask(self, rows: Sequence[int]) -> Answer:
         with torch.no_grad():
             return read_output(self.model(**self._media.fields(self.model, rows)), len(rows))
@@ -161,11 +170,11 @@ class Pass:
 
 
 def read_output(output: RewardModelOutput, expected: int) -> Answer:
-    """Return rewards, float32 `[expected]` on the CPU, and extra info after checking their form.
+    """Return rewards, float32 `[expected]` on the CPU, extra info and failures after checking their form.
 
     Raises:
         TypeError: The reward returned something else than a RewardModelOutput.
-        WrongLength: It returned too few or too many values.
+        WrongLength: It returned too few or too many values, or a failure of a sample that it was not given.
     """
     if not isinstance(output, RewardModelOutput):
         raise TypeError(f"returned {type(output).__name__}; return RewardModelOutput(rewards=...)")
@@ -179,7 +188,9 @@ def read_output(output: RewardModelOutput, expected: int) -> Answer:
     for key, column in info.items():
         if len(column) != expected:
             raise WrongLength(f"extra_info[{key!r}] has {len(column)} values for {expected} samples")
-    return values, info
+    if strangers := [place for place in output.failures if not 0 <= place < expected]:
+        raise WrongLength(f"failures names sample {strangers[0]} of {expected}")
+    return values, info, output.failures
 
 
 def _kind(error: Exception) -> str:
