@@ -1,0 +1,302 @@
+"""The wire format of `POST /v1/score`: messages, their errors and limits, shared by the server and its client.
+
+A request is JSON; pictures travel beside it as tensors of one safetensors body (whose metadata `request` is the JSON),
+as the parts of a multipart body, or inside it as base64. Additions within v1 are compatible: a reply's unknown keys are
+ignored, a request's unknown keys are errors. Only numpy, safetensors and pydantic are needed here.
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tiltflow.errors import TiltflowError
+
+SCORE_PATH: Final = "/v1/score"
+SAFETENSORS: Final = "application/vnd.rewards.safetensors"
+MULTIPART: Final = "multipart/form-data"
+JSON: Final = "application/json"
+NDJSON: Final = "application/x-ndjson"
+REQUEST: Final = "request"  # the name of the JSON in safetensors metadata and in multipart bodies
+
+DEADLINE_HEADER: Final = "X-Request-Timeout-Ms"  # milliseconds that the client will still wait
+KEY_HEADER: Final = "Idempotency-Key"
+ID_HEADER: Final = "X-Request-Id"
+
+# Levels `[H, W, 3]` uint8, or values in [0, 1] `[3, H, W]` float32; a video has one more axis in front.
+Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
+
+# code -> (HTTP status, worth another try)
+CODES: Final[Mapping[str, tuple[int, bool]]] = {
+    "invalid_request": (400, False),
+    "unauthorized": (401, False),
+    "forbidden": (403, False),
+    "not_found": (404, False),
+    "model_not_found": (404, False),
+    "method_not_allowed": (405, False),
+    "body_timeout": (408, True),
+    "idempotency_conflict": (409, False),
+    "payload_too_large": (413, False),
+    "unsupported_media": (415, False),
+    "invalid_item": (422, False),
+    "image_decode_failed": (422, False),
+    "overloaded": (429, True),
+    "scorer_error": (500, False),
+    "nonfinite_score": (500, False),
+    "wrong_count": (500, False),
+    "internal_error": (500, True),
+    "not_implemented": (501, False),
+    "upstream_judge": (502, True),
+    "loading": (503, True),
+    "draining": (503, True),
+    "worker_lost": (503, True),
+    "model_failed": (503, False),
+    "deadline_exceeded": (504, True),
+}
+
+
+class WireError(TiltflowError):
+    """What went wrong with a request or one of its items, as it is told over the wire."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after_ms: int | None = None):
+        """Keep what is told.
+
+        Args:
+            code: A key of `CODES`.
+            message: For people.
+            param: The field at fault, such as `items[3].image`.
+            retry_after_ms: When another try may succeed, in milliseconds.
+        """
+        super().__init__(message)
+        self.code = code
+        self.status, self.retryable = CODES[code]
+        self.message = message
+        self.param = param
+        self.retry_after_ms = retry_after_ms
+
+    def body(self, request_id: str | None = None) -> dict[str, Any]:
+        """Return the error as it stands in an item, and under `error` in a reply that is nothing else."""
+        told = {
+            "code": self.code,
+            "message": self.message,
+            "retryable": self.retryable,
+            "retry_after_ms": self.retry_after_ms,
+            "param": self.param,
+            "request_id": request_id,
+        }
+        return {key: value for key, value in told.items() if value is not None}
+
+
+class Message(BaseModel):
+    """Base of what a client sends: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Media(Message):
+    """One picture or video: the name of a tensor or part, or an encoded picture in base64."""
+
+    ref: str | None = None
+    index: int | None = Field(default=None, ge=0)  # into the first axis of the tensor `ref`
+    b64: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Media":
+        if (self.ref is None) == (self.b64 is None):
+            raise ValueError("give either ref or b64")
+        if self.index is not None and self.ref is None:
+            raise ValueError("index is for ref")
+        return self
+
+
+Video: TypeAlias = Media | list[Media]  # a tensor [T, H, W, 3], or the pictures of its frames
+
+
+class Item(Message):
+    """One sample: what is scored, and what it was made from."""
+
+    id: str = ""  # the client's own name of it, told again in the reply
+    prompt: str = ""
+    image: Media | None = None
+    video: Video | None = None
+    condition_images: list[Media] | None = None
+    condition_videos: list[Video] | None = None
+    group_id: str | None = None  # samples of one id are compared with each other by groupwise models
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+
+class ScoreRequest(Message):
+    """The JSON of `POST /v1/score`."""
+
+    models: list[str] = Field(default_factory=list)  # "name" or "name@revision"; may be empty where there is one model
+    items: list[Item]
+    params: dict[str, Any] = Field(default_factory=dict)  # must be empty in v1
+    partial: Literal["allow", "forbid"] = "allow"  # forbid: one item's error fails the request
+    priority: int = 0  # higher goes first
+    returns: list[Literal["components"]] = Field(default_factory=list, alias="return")
+
+
+class Reply(BaseModel):
+    """Base of what a server sends: unknown keys are of a later version and ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ErrorBody(Reply):
+    """Why an item or a request has no answer."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    retry_after_ms: int | None = None
+    param: str | None = None
+    request_id: str | None = None
+
+
+class ItemResult(Reply):
+    """The answer about one item."""
+
+    index: int  # its place in the request
+    id: str = ""
+    status: Literal["ok", "error"]
+    scores: dict[str, Finite] = Field(default_factory=dict)  # model -> score
+    components: dict[str, dict[str, Any]] = Field(default_factory=dict)  # model -> what else it tells
+    error: ErrorBody | None = None
+
+
+class Limits(BaseModel):
+    """What a server takes; told in `GET /v1/models/{name}`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    body_bytes: int = 64 * 2**20
+    items: int = 256  # per request
+    image_pixels: int = 16_800_000
+    image_side: int = 8192
+    decoded_bytes: int = 512 * 2**20  # per request
+    inflight_bytes: int = 2**30  # declared or received bodies of all requests
+    queue_items: int = 1024  # per model
+    body_seconds: float = 10.0  # to receive a body, and one more for each MiB
+    request_seconds: float = 60.0  # where the client gives no deadline
+    longest_request_seconds: float = 600.0
+    prompt_bytes: int = 65_536
+    json_depth: int = 32
+    connections: int = 512
+
+
+class ModelInfo(Reply):
+    """What `GET /v1/models` tells of one model."""
+
+    name: str
+    revision: str = ""
+    preproc: str = ""
+    dtype: str = ""
+    state: str = ""
+    groupwise: bool = False  # wants whole groups, each under its group_id
+    pixels: Literal["uint8", "float32"] = "uint8"  # what scores exactly as in one process; the other is accepted too
+    required_fields: tuple[str, ...] = ()  # of prompt, image, video, condition_images, condition_videos, metadata
+    batch_size: int = 1
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True)
+class ScoreReply:
+    """All answers of one request, in the order of its items."""
+
+    results: Sequence[ItemResult]
+    models: Sequence[ModelInfo]
+
+
+def read_request(text: bytes | str) -> ScoreRequest:
+    """Parse the JSON of a request.
+
+    Raises:
+        WireError: It is no such JSON; `param` names the field.
+    """
+    try:
+        return ScoreRequest.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        message = f"{param or 'the request'}: {problem['msg']}"
+        raise WireError("invalid_request", message, param=param or None) from error
+
+
+def pack_safetensors(request: ScoreRequest, tensors: Mapping[str, Pixels]) -> bytes:
+    """Return a request and its pictures as one safetensors body."""
+    text = request.model_dump_json(by_alias=True, exclude_defaults=True)
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return safetensors.numpy.save(contiguous, metadata={REQUEST: text})
+
+
+def unpack_safetensors(body: bytes) -> tuple[ScoreRequest, dict[str, Pixels]]:
+    """Read a safetensors body.
+
+    Returns:
+        The request, and its tensors: uint8 or float32, none of them empty.
+
+    Raises:
+        WireError: It is malformed, holds no request, or a tensor is empty or of another dtype.
+    """
+    try:
+        tensors = safetensors.numpy.load(body)
+        (length,) = struct.unpack_from("<Q", body)
+        text = json.loads(body[8 : 8 + length]).get("__metadata__", {}).get(REQUEST)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+        raise WireError("invalid_item", f"the body is no safetensors file: {error}", param="body") from error
+    if text is None:
+        raise WireError("invalid_request", f"the safetensors metadata has no {REQUEST!r}", param=REQUEST)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (np.uint8, np.float32):
+            raise WireError("invalid_item", f"{name}: dtype {tensor.dtype}; send uint8 or float32", param=name)
+        if tensor.size == 0:
+            raise WireError("invalid_item", f"{name}: shape {list(tensor.shape)} has no pixels", param=name)
+    return read_request(text), tensors
+
+
+def read_reply(body: bytes | str, *, items: int) -> ScoreReply:
+    """Parse and check a reply.
+
+    Args:
+        body: JSON of a `score.result`.
+        items: How many were sent.
+
+    Raises:
+        ValueError: It is no such JSON, or does not answer every item exactly once, or an answer is neither a score nor
+            an error.
+    """
+    content = json.loads(body, parse_constant=_no_constant)
+    if not isinstance(content, dict) or not isinstance(content.get("results"), list):
+        raise ValueError("the reply has no results")
+    results = [ItemResult.model_validate(result) for result in content["results"]]
+    models = [ModelInfo.model_validate(model) for model in content.get("models", [])]
+    return ScoreReply(in_order(results, items=items), models)
+
+
+def in_order(results: Sequence[ItemResult], *, items: int) -> list[ItemResult]:
+    """Return results in the order of the items.
+
+    Raises:
+        ValueError: An item has no answer or two, or an answer is neither a score nor an error.
+    """
+    ordered = sorted(results, key=lambda result: result.index)
+    if [result.index for result in ordered] != list(range(items)):
+        raise ValueError(f"the reply answers items {[result.index for result in ordered]}; {items} were sent")
+    for result in ordered:
+        if (result.status == "ok") == (result.error is not None):
+            raise ValueError(f"the answer about item {result.index} is {result.status!r} and contradicts itself")
+    return ordered
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
