@@ -12,7 +12,7 @@ from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationConfig
 from tiltflow.policies.sd3 import SD3Config
-from tiltflow.rewards.base import RewardArguments
+from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
 from tiltflow.rewards.registry import check_reward
 from tiltflow.runtime.tracking import TrackingConfig
 from tiltflow.training.pretrain import PretrainConfig
@@ -149,7 +149,7 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
             normal[key] = normalise_rewards(normal[key], key=key)
     config: RunConfig = validate(RunConfig, normal, source=source)
     for reward in (*config.rewards, *config.eval_rewards) if check_rewards else ():
-        check_reward(reward)
+        check_reward(reward, provided=PROVIDED_FIELDS)
     return config
 
 
