@@ -151,6 +151,16 @@ def test_a_model_with_its_own_code_is_refused(tmp_path: Path, llava: Path) -> No
         DeQAScorer.from_folder(tmp_path)
 
 
+def test_unexpected_weights_are_refused(tmp_path: Path, llava: Path) -> None:
+    for file in llava.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    extra = {**weights, "model.spare.weight": torch.zeros(2)}
+    save_file(extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RewardError, match="1 are missing, misshapen or unexpected, the first being model.spare.weight"):
+        DeQAScorer.from_folder(tmp_path)
+
+
 def test_missing_weights_are_refused(tmp_path: Path, llava: Path) -> None:
     for file in llava.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -159,7 +169,7 @@ def test_missing_weights_are_refused(tmp_path: Path, llava: Path) -> None:
     save_file(
         {k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", metadata={"format": "pt"}
     )
-    with pytest.raises(RewardError, match="do not fit LlavaForConditionalGeneration: 1 are missing or misshapen"):
+    with pytest.raises(RewardError, match="do not fit LlavaForConditionalGeneration: 1 are missing, misshapen or"):
         DeQAScorer.from_folder(tmp_path)
 
 

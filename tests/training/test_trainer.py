@@ -100,8 +100,10 @@ def test_masked_samples_leave_the_update_and_are_counted():
 def test_a_masked_sample_changes_nothing_for_the_others():
     """The update with some samples masked equals the update on the others alone, as far as the loss sees it."""
     trainer = toy_trainer("tests.rewards_for_tests.NaNForFirst", on_error="mask")
-    samples = trainer._rollout(1, lambda stage: None, lambda batch: None)
-    table = trainer.engine.score(samples)
+    with trainer.engine.begin() as scoring:
+        samples = trainer._rollout(1, lambda stage: None, scoring.add_batch)
+        table = scoring.finish()
+    assert samples.images.shape == (0, 3, *samples.images.shape[2:])  # they went to the engine alone
     scored, _ = trainer._advantages(samples, table)
     valid = ~table.scores[:, 0].isnan()
     assert len(scored) == int(valid.sum()) == 12

@@ -50,14 +50,16 @@ class RewardEngine:
         self.shared = shared_entries(rewards)
         self.models = {key: factory(entry) for key, entry in self.shared.items()}
 
-    def begin(self, *, group_size: int | None = None) -> "Scoring":
+    def begin(self, *, group_size: int | None = None, stop_early: bool = True) -> "Scoring":
         """Start scoring samples that come in little by little.
 
         Args:
             group_size: Samples per group, so that an async groupwise reward knows when one is complete; None waits
                 for the end.
+            stop_early: Raise as soon as an asynchronous reward is known to have failed; False waits for `finish`, which
+                is where processes that sample together must part.
         """
-        return Scoring(self, group_size=group_size)
+        return Scoring(self, group_size=group_size, stop_early=stop_early)
 
     def score(self, samples: SampleBatch) -> RewardTable:
         """Score samples that are all there.
@@ -79,9 +81,10 @@ class RewardEngine:
 class Scoring:
     """One table in the making; leaving its `with` block ends its worker threads."""
 
-    def __init__(self, engine: RewardEngine, *, group_size: int | None):
+    def __init__(self, engine: RewardEngine, *, group_size: int | None, stop_early: bool):
         """Start the lanes of the asynchronous rewards."""
         self._engine = engine
+        self._stop_early = stop_early
         self._media = Media()
         self._passes = {
             key: Pass(engine.models[key], entry, self._media, group_size=group_size)
@@ -129,7 +132,8 @@ class Scoring:
             self._media.check(each.name, each.model)
         for each in self._passes.values():
             each.feed(rows)
-            self._stop_on(each.early_failures())
+            if self._stop_early:
+                self._stop_on(each.early_failures())
 
     def finish(self) -> RewardTable:
         """Run the synchronous rewards, collect the asynchronous answers and merge them by sample.

@@ -88,11 +88,11 @@ class DeQAScorer(Scorer):
                 f"no vision-language model can be loaded from {folder}: {error}; {REMOTE_CODE}"
             ) from error
         model, report = loaded
-        problems = [*report["missing_keys"], *report["mismatched_keys"]]
+        problems = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
         if problems:
             raise RewardError(
-                f"the weights in {folder} do not fit {type(model).__name__}: {len(problems)} are missing or misshapen, "
-                f"the first being {problems[0]}; download them again"
+                f"the weights in {folder} do not fit {type(model).__name__}: {len(problems)} are missing, misshapen or "
+                f"unexpected, the first being {problems[0]}; download them again"
             )
         return cls(model, processor, prompt=prompt).to(device)
 

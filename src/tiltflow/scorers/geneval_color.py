@@ -22,6 +22,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.checkpoints import WeightsFolder
+from tiltflow.scorers.clip_loading import load_clip_folder
 from tiltflow.scorers.preprocess import normalise
 
 COLORS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -164,27 +165,14 @@ def load_color_classifier(
 ) -> ColorClassifier:
     """Return a classifier over a CLIP model in transformers' format, with the activation that its config names.
 
+    The network is shared with the rewards that read the same folder on the same device in the same dtype.
+
     Raises:
         RewardError: The folder holds no complete CLIP model or no tokenizer.
     """
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # so that they are reported below, with the rest
-            output_loading_info=True,
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RewardError(f"color_model={str(folder)!r} cannot be loaded as CLIP: {error}") from error
-    model, report = loaded
-    problems = [f"{kind[:-5]} {name}" for kind in ("missing_keys", "unexpected_keys") for name in sorted(report[kind])]
-    problems += [f"{name[0]} has another shape" for name in sorted(report["mismatched_keys"])]
-    if problems:
-        raise RewardError(f"color_model={str(folder)!r} does not fit CLIP: {'; '.join(problems[:3])}")
-    length = model.config.text_config.max_position_embeddings
-    return ColorClassifier(model.to(device), ClipTokens(tokenizer, length))
+    backbone = load_clip_folder(folder, device=device, dtype=dtype)
+    text: Any = backbone.model.config.text_config
+    return ColorClassifier(backbone.model, ClipTokens(backbone.tokenizer, text.max_position_embeddings))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """From prompts to samples: noise of each group from its own seed, one sampling loop, decoded images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -31,6 +32,7 @@ def rollout(
     seed: tuple[int | str, ...],
     progress: Callable[[int, int], None] = lambda done, total: None,
     submit: Callable[[SampleBatch], None] = lambda batch: None,
+    keep_images: bool = True,
 ) -> SampleBatch:
     """Generate `group_size` samples per prompt with the weights in use.
 
@@ -46,6 +48,7 @@ def rollout(
         seed: (seed, *purpose); the group's id is added.
         progress: Told (samples done, samples in total) after every batch.
         submit: Given every batch as soon as it is decoded.
+        keep_images: False leaves them to `submit`: the result's are `[0, 3, H, W]`.
 
     Returns:
         G * group_size samples, group after group.
@@ -69,8 +72,9 @@ def rollout(
             guidance_scale=sampler.guidance_scale,
         )
         images = policy.decode(trajectory.latents).cpu()
-        parts.append(SampleBatch(repeated[part], ids[part], trajectory.latents, images))
-        submit(parts[-1])
+        batch = SampleBatch(repeated[part], ids[part], trajectory.latents, images)
+        submit(batch)
+        parts.append(batch if keep_images else replace(batch, images=images.new_empty((0, *images.shape[1:]))))
         progress(min(start + sampler.batch_size, len(repeated)), len(repeated))
     return SampleBatch(
         prompts=repeated,

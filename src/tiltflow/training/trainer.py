@@ -110,7 +110,8 @@ class Trainer:
     def run_epoch(self, epoch: int, *, status: Callable[[str], None] = lambda stage: None) -> Epoch:
         """Run one epoch, counted from 1, and return its metrics."""
         clock = _Clock()
-        with self.engine.begin(group_size=self.config.group_size) as scoring:
+        alone = self.distributed.world_size == 1  # else one rank would leave the others in the middle of the rollout
+        with self.engine.begin(group_size=self.config.group_size, stop_early=alone) as scoring:
             status("rollout")
             with clock.stage("rollout"):
                 samples = self._rollout(epoch, status, submit=scoring.add_batch)
@@ -118,6 +119,7 @@ class Trainer:
             with clock.stage("reward"):
                 table = self._score(scoring)
         scored, reward_metrics = self._advantages(samples, table)
+        del samples
         status("update")
         with clock.stage("update"):
             update_metrics = self._update(scored, epoch)
@@ -169,6 +171,7 @@ class Trainer:
                 seed=(self.seed, "rollout"),
                 progress=lambda done, total: status(f"rollout {done}/{total}"),
                 submit=submit,
+                keep_images=False,
             )
 
     def _score(self, scoring: Scoring) -> RewardTable:
