@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 
 FIELDS = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
-PROVIDED_FIELDS = ("prompt", "image", "metadata")  # those that the samples of this version have
+PROVIDED_FIELDS = ("prompt", "image", "metadata")  # those that samples made from prompts have
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,7 +32,7 @@ class RewardArguments(Config):
     on_error: Literal["raise", "mask"] | None = None  # None: raise for local rewards, mask for remote ones
     async_reward: bool = False  # score in worker threads while sampling goes on
     num_workers: int = Field(default=1, ge=1)  # of this reward alone; only when async
-    timeout: float | None = Field(default=None, gt=0)  # seconds that one call may take; only when async or remote
+    timeout: float | None = Field(default=None, gt=0)  # seconds: of one async call, of one request of a remote reward
     options: Mapping[str, Any] = Field(default_factory=dict[str, Any])
 
 
@@ -66,7 +66,7 @@ class RewardModel(ABC):
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
     use_tensor_inputs: ClassVar[bool] = False
-    remote: bool = False  # asks another process or machine, which may be out of reach
+    remote: bool = False  # asks another process or machine, and gives up after config.timeout by itself
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
 

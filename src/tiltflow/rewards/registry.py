@@ -31,6 +31,9 @@ REWARDS: Mapping[str, str] = {
     "OCR": "tiltflow.rewards.ocr:OCRReward",
     "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
     "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",
+    "rational_rewards_edit": "tiltflow.rewards.rational_rewards:RationalRewardEdit",
+    "rational_rewards_t2i": "tiltflow.rewards.rational_rewards:RationalRewardT2I",
+    "vllm_evaluate": "tiltflow.rewards.vllm_evaluate:VllmEvaluateReward",
 }
 
 
@@ -75,7 +78,7 @@ def check_reward(arguments: RewardArguments) -> type[RewardModel]:
     """Return the reward's class after checking its options and fields, before any model is loaded.
 
     Raises:
-        RewardError: An option is unknown or wrong, or a required field does not exist or is none that samples have.
+        RewardError: An option is unknown or wrong, or a required field does not exist.
     """
     cls = reward_class(arguments.reward_model)
     try:
@@ -87,13 +90,23 @@ def check_reward(arguments: RewardArguments) -> type[RewardModel]:
         raise RewardError(
             f"reward {arguments.name!r}: required_fields names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}"
         )
-    absent = [name for name in cls.required_fields if name not in PROVIDED_FIELDS]
+    return cls
+
+
+def check_provided(arguments: RewardArguments) -> None:
+    """Check that a reward requires nothing that samples made from prompts lack, before any model is loaded.
+
+    A reward that requires more can be built all the same, and be given the fields by `Scoring.add`.
+
+    Raises:
+        RewardError: It does; or there is no such reward.
+    """
+    absent = [name for name in reward_class(arguments.reward_model).required_fields if name not in PROVIDED_FIELDS]
     if absent:
         raise RewardError(
             f"reward {arguments.name!r} requires {absent[0]!r}, which the samples of this version do not have; they "
             f"have: {', '.join(PROVIDED_FIELDS)}"
         )
-    return cls
 
 
 def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt], *, source: str) -> None:
@@ -105,11 +118,12 @@ def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt],
         source: What the config calls the set.
 
     Raises:
-        RewardError: A reward requires metadata that a prompt does not have, or finds fault with a prompt; or there is
-            no such reward.
+        RewardError: A reward requires metadata that a prompt does not have or a field that no sample has, or finds
+            fault with a prompt; or there is no such reward.
     """
     bare = [prompt.text for prompt in prompts if not prompt.metadata]
     for reward in rewards:
+        check_provided(reward)
         cls = reward_class(reward.reward_model)
         if "metadata" in cls.required_fields and bare:
             raise RewardError(
