@@ -33,11 +33,25 @@ def completion(tokens: dict[str, float] | None) -> dict[str, Any]:
     }
 
 
+def said(text: str, *, finish_reason: str = "stop") -> dict[str, Any]:
+    """Return an answer of this text, without log-probabilities."""
+    answer = completion(None)
+    answer["choices"][0] |= {"finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
+    return answer
+
+
+def sent_images(body: dict[str, Any]) -> list[Image.Image]:
+    """Return the images of a request."""
+    parts = [part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert all(url.startswith("data:image/png;base64,") for url in urls)
+    return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+
+
 def sent_image(body: dict[str, Any]) -> Image.Image:
-    """Return the image of a request."""
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    assert url.startswith("data:image/png;base64,")
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    """Return the only image of a request."""
+    (image,) = sent_images(body)
+    return image
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[Any]:
