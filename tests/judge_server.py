@@ -2,8 +2,8 @@
 
 `python -m tests.judge_server --port 8123 --model FOLDER` answers `POST /v1/chat/completions` as vLLM does, as far as
 judges ask: images as data URLs, `top_logprobs` up to 20, `logprob_token_ids`, `return_tokens_as_token_ids`,
-`logit_bias`. `POST /control` makes it misbehave, and `GET /control` tells what it was asked. Without a model it has only
-the words that it is given.
+`logit_bias`. `POST /control` makes it misbehave, and `GET /control` tells what it was asked. Without a model it only
+says what it is told to.
 """
 
 import argparse
@@ -183,7 +183,9 @@ def picture(part: Mapping[str, Any]) -> Image.Image | None:
 
 def colours(body: Mapping[str, Any]) -> list[list[float]]:
     """Return the mean colours of a request's images, each channel in [0, 1]."""
-    parts = [part for message in body["messages"] if not isinstance(message["content"], str) for part in message["content"]]
+    parts = [
+        part for message in body["messages"] if not isinstance(message["content"], str) for part in message["content"]
+    ]
     sent = [image for part in parts if (image := picture(part)) is not None]
     return [[level / 255 for level in ImageStat.Stat(image).mean] for image in sent]
 
@@ -227,7 +229,11 @@ def application(judge: Judge | None) -> Any:
             "finish_reason": "length" if first else state.finish_reason,
             "logprobs": told,
         }
-        return {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}, 200, {}
+        return (
+            {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]},
+            200,
+            {},
+        )
 
     async def control(request: Request) -> JSONResponse:
         app.state.behaviour = Behaviour(**await request.json())
@@ -280,7 +286,7 @@ class JudgeServer:
         command = [sys.executable, "-m", "tests.judge_server", "--port", str(self.port)]
         command += [] if folder is None else ["--model", str(folder)]
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, stderr=self._log
         )

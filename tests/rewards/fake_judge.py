@@ -1,7 +1,6 @@
 """A judge behind an endpoint whose answers are a function: the real client over a fake transport."""
 
 import base64
-import functools
 import io
 import json
 from collections.abc import Callable
@@ -42,7 +41,9 @@ def said(text: str, *, finish_reason: str = "stop") -> dict[str, Any]:
 
 def sent_images(body: dict[str, Any]) -> list[Image.Image]:
     """Return the images of a request."""
-    parts = [part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]]
+    parts = [
+        part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+    ]
     urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     assert all(url.startswith("data:image/png;base64,") for url in urls)
     return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
@@ -66,8 +67,12 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[Any]:
         status, body = reply if isinstance(reply, tuple) else (200, reply)
         if isinstance(body, str):
             return httpx.Response(status, text=body, headers={"content-type": "text/html"})
-        return httpx.Response(status, json=body)
+        return httpx.Response(status, text=json.dumps(body), headers={"content-type": "application/json"})
 
-    client = httpx.Client(transport=httpx.MockTransport(handle))
-    monkeypatch.setattr(openai, "OpenAI", functools.partial(openai.OpenAI, http_client=client))
+    real = openai.OpenAI
+
+    def client(**settings: Any) -> Any:
+        return real(http_client=httpx.Client(transport=httpx.MockTransport(handle)), **settings)
+
+    monkeypatch.setattr(openai, "OpenAI", client)
     return requests

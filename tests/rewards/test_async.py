@@ -149,6 +149,16 @@ def test_a_call_that_takes_too_long_is_a_recorded_failure_and_the_others_count()
     assert (failure.samples, failure.kind, failure.message) == ((1,), "timeout", "no answer within 0.1 s")
 
 
+def test_a_remote_reward_keeps_to_the_timeout_by_itself() -> None:
+    class Patient(Watched):
+        remote = True
+        pause = 0.3
+
+    table = engine_of(Patient, async_reward=True, timeout=0.1).score(batch([0.1, 0.9]))  # of a request, not of the call
+    assert table.failures == ()
+    assert table.column("r").tolist() == pytest.approx([0.1, 0.9])
+
+
 def test_when_every_lane_hangs_the_waiting_calls_fail_too() -> None:
     engine, _ = watched(async_reward=True, batch_size=1, pause=1.0, timeout=0.1, on_error="mask")
     table = engine.score(batch([0.1, 0.2, 0.3]))

@@ -24,6 +24,7 @@ from tiltflow.rewards import (
     reward_class,
 )
 from tiltflow.rewards.geneval_reward import GenevalReward
+from tiltflow.rewards.registry import check_provided
 from tiltflow.types import Config, Prompt
 
 HERE = "tests.rewards.test_registry"
@@ -147,7 +148,8 @@ def test_a_reward_knows_its_config_device_and_dtype() -> None:
 
 def test_built_in_geneval() -> None:
     builtins = (
-        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank"
+        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank "
+        "rational_rewards_edit rational_rewards_t2i vllm_evaluate"
     )
     assert sorted(REWARDS) == builtins.split()
     assert reward_class("Geneval") is GenevalReward
@@ -301,22 +303,23 @@ class NeedsMetadata(FailsToLoad):
     required_fields = ("prompt", "metadata")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "NeedsVideo",
-            "reward 'mine' requires 'video', which the samples of this version do not have; they have: ",
-        ),
-        ("NeedsConditions", "reward 'mine' requires 'condition_images', which the samples of this version do not have"),
-        ("NeedsDepth", "reward 'mine': required_fields names 'depth'; legal fields: prompt, image, video"),
-    ],
-)
-def test_a_field_that_no_sample_has_is_refused_before_the_model_loads(name: str, message: str) -> None:
-    arguments = entry("mine", f"{HERE}.{name}")
+def test_a_field_that_does_not_exist_is_refused_before_the_model_loads() -> None:
+    arguments = entry("mine", f"{HERE}.NeedsDepth")
+    message = "reward 'mine': required_fields names 'depth'; legal fields: prompt, image, video"
     for check in (check_reward, build_reward_model, lambda arguments: RewardEngine([arguments])):
         with pytest.raises(RewardError, match=message):
             check(arguments)
+
+
+@pytest.mark.parametrize(("name", "field"), [("NeedsVideo", "video"), ("NeedsConditions", "condition_images")])
+def test_a_field_that_samples_of_prompts_do_not_have(name: str, field: str) -> None:
+    arguments = entry("mine", f"{HERE}.{name}")
+    assert field in check_reward(arguments).required_fields
+    message = f"reward 'mine' requires '{field}', which the samples of this version do not have; they have: prompt, "
+    with pytest.raises(RewardError, match=message):
+        check_provided(arguments)
+    with pytest.raises(RewardError, match=message):
+        check_prompts([arguments], [Prompt("a cat")], source="my.txt")
 
 
 def test_metadata_that_some_prompts_lack_is_refused_before_the_model_loads() -> None:

@@ -101,7 +101,7 @@ def test_one_score(line: str, score: float | None) -> None:
         "Score: 8/10",
         "Score: 80%",
         "Score: 1-4",
-        "Score: 2 – 3",
+        "Score: 2 \u2013 3",
         "Score: 2 to 3",
         "Score: [a number from 1 to 4]",
         "Score:",

@@ -1,4 +1,4 @@
-"""vllm_evaluate against a real model behind a real server: its probabilities, its failures, and many callers at once."""
+"""vllm_evaluate against a real model behind a real server: its probabilities, its failures, many callers at once."""
 
 import asyncio
 import json
@@ -81,7 +81,9 @@ def test_label_tokens_asked_for_directly_give_the_model_s_own_probability(
     reward = reward_of(judge.url, label_token_ids=tokens, min_mass=0.0, **options)
     output = reward(prompt=PROMPTS, image=IMAGES)
     assert output.failures == {}
-    asked = [DEFAULT_QUESTION] * 5 if question is None else [f"A picture of {p}, {{really}}? Yes or No." for p in PROMPTS]
+    asked = (
+        [DEFAULT_QUESTION] * 5 if question is None else [f"A picture of {p}, {{really}}? Yes or No." for p in PROMPTS]
+    )
     for index in range(5):
         probabilities = local.probabilities(IMAGES[index], asked[index])
         yes, no = (probabilities[tokens[label]].sum().item() for label in ("yes", "no"))
