@@ -1,7 +1,7 @@
 """Images per second of the scorers beside the straightforward route, preprocessing alone, and the engine: JSON lines.
 
     python -m benchmarks.scoring              # tiny random networks, preprocessing, engine
-    python -m benchmarks.scoring --full       # a random ViT-H/14 CLIP of a billion weights, two images
+    python -m benchmarks.scoring --full       # a random ViT-H/14 CLIP and Mask2Former Swin-S, two images
 
 Ours is `scorer.score(tensors)` on `[B, 3, 512, 512]` in [0, 1]. The straightforward route is transformers': PIL images
 that are there already -> its processor (the PIL variant) -> its model, with the same weights in the same process. Both
@@ -24,11 +24,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import BlipImageProcessorPil, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import (
+    BlipImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    Mask2FormerConfig,
+    Mask2FormerImageProcessorPil,
+)
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from tests.scorers.tiny_clip import tiny_tokenizer
 from tests.scorers.tiny_image_reward import random_state, write_vocabulary
 from tests.scorers.tiny_vlm import save_vlm
+from tests.tiny_detector import confident, tiny_mask2former
 from tiltflow.rewards import PointwiseRewardModel, RewardArguments, RewardEngine, RewardModelOutput
 from tiltflow.scorers import AestheticScorer, ClipScorer, ImageRewardScorer, clip_preprocess
 from tiltflow.scorers.aesthetic import AestheticHead
@@ -36,6 +46,7 @@ from tiltflow.scorers.checkpoints import MODELS_VARIABLE
 from tiltflow.scorers.clip_backbone import ClipBackbone
 from tiltflow.scorers.deqa import DeQAScorer, expected_level
 from tiltflow.scorers.image_reward import image_reward_tokenizer
+from tiltflow.scorers.mask2former import LONG_SIDE, SHORT_SIDE, STRIDE, Mask2Former, Mask2FormerNetwork
 from tiltflow.types import Prompt, SampleBatch
 
 SIDE = 512  # pixels
@@ -208,6 +219,27 @@ def compare_deqa(models: Path, count: int, *, repeats: int) -> None:
     measured(lambda: scorer.score(tensors, [""] * count), straightforward, count, repeats=repeats, **name)
 
 
+def compare_mask2former(network: Mask2FormerNetwork, weights: str, count: int, *, repeats: int) -> None:
+    """Images to instances above 0.3, as GenEval counts them; what is compared is how many there are of each image."""
+    detector = Mask2Former(confident(network))
+    size = {"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE}
+    processor: Any = Mask2FormerImageProcessorPil(size=size, size_divisor=STRIDE)
+    tensors, pils = pictures(count)
+    levels = (tensors * 255).to(torch.uint8)
+
+    def straightforward() -> Tensor:
+        classes, masks = detector.network(processor(pils, return_tensors="pt")["pixel_values"])
+        output = Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
+        sides = [(SIDE, SIDE)] * count
+        found = processor.post_process_instance_segmentation(output, threshold=0.3, target_sizes=sides)
+        return torch.tensor([float(len(each["segments_info"])) for each in found])
+
+    def ours() -> Tensor:
+        return torch.tensor([float(len(found.labels)) for found in detector.detect(list(levels), min_score=0.3)])
+
+    measured(ours, straightforward, count, repeats=repeats, scorer="mask2former", weights=weights)
+
+
 # --- what is around the networks --------------------------------------------------------------------------------------
 
 
@@ -254,13 +286,16 @@ def time_engine(count: int, *, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="a random ViT-H/14 CLIP instead of all else")
+    parser.add_argument("--full", action="store_true", help="full-size random networks instead of all else")
     parser.add_argument("--count", type=int, help="images per batch: 16, or 2 with --full")
     parser.add_argument("--repeats", type=int, help="turns of each route: 9, or 3 with --full")
     known = parser.parse_args()
     if known.full:
         count, repeats = known.count or 2, known.repeats or 3
         ClipRoutes(random_clip(full=True), count).compare("ViT-H/14", repeats=repeats, kinds=("pickscore",))
+        torch.manual_seed(0)
+        swin = Mask2FormerNetwork(Mask2FormerConfig(num_labels=80))  # its defaults are those of Swin-S
+        compare_mask2former(swin, "Swin-S", count, repeats=repeats)
         return
     count, repeats = known.count or 16, known.repeats or 9
     routes = ClipRoutes(random_clip(full=False), count)
@@ -270,6 +305,7 @@ def main() -> None:
         os.environ[MODELS_VARIABLE] = folder
         compare_image_reward(Path(folder), count, repeats=repeats)
         compare_deqa(Path(folder), count, repeats=repeats)
+    compare_mask2former(tiny_mask2former(), "tiny", min(count, 4), repeats=repeats)
     compare_preprocessing(count, repeats=repeats)
     time_engine(64, repeats=repeats)
 

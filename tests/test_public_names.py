@@ -25,7 +25,7 @@ PINNED = {
         "build_reward",
         "RewardEngine",
     ],
-    "tiltflow.scorers": ["ClipScorer", "AestheticScorer", "clip_preprocess", "hps_preprocess"],
+    "tiltflow.scorers": ["ClipScorer", "AestheticScorer", "ImageRewardScorer", "clip_preprocess", "hps_preprocess"],
     "tiltflow.rewards.geneval": ["Detection", "score_detections"],
     "tiltflow.testing": ["ToyPolicy", "ConstantReward", "QuadraticReward"],
 }

@@ -12,8 +12,8 @@ from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationConfig
 from tiltflow.policies.sd3 import SD3Config
-from tiltflow.rewards.base import RewardArguments
-from tiltflow.rewards.registry import check_provided, check_reward
+from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
+from tiltflow.rewards.registry import check_reward
 from tiltflow.runtime.tracking import TrackingConfig
 from tiltflow.training.pretrain import PretrainConfig
 from tiltflow.training.rollout import SamplerConfig
@@ -141,7 +141,7 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
 
     Raises:
         ConfigError: A key is missing, unknown or wrong.
-        RewardError: A reward cannot be imported, an option of it is wrong, or it requires what no sample has.
+        RewardError: A reward cannot be imported, or an option of it is wrong.
     """
     normal = {key: value for key, value in values.items()}
     for key in REWARD_KEYS:
@@ -149,8 +149,7 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
             normal[key] = normalise_rewards(normal[key], key=key)
     config: RunConfig = validate(RunConfig, normal, source=source)
     for reward in (*config.rewards, *config.eval_rewards) if check_rewards else ():
-        check_reward(reward)
-        check_provided(reward)
+        check_reward(reward, provided=PROVIDED_FIELDS)
     return config
 
 

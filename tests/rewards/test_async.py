@@ -1,7 +1,9 @@
 """Asynchronous rewards: when they begin, that they overlap, and that what fails or hangs becomes a record."""
 
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from tests.rewards.samples import batch, engine_of, entry
 from tiltflow.errors import RewardError
-from tiltflow.rewards import GroupwiseRewardModel, PointwiseRewardModel, RewardEngine, RewardModelOutput
+from tiltflow.rewards import GroupwiseRewardModel, PointwiseRewardModel, RewardEngine, RewardModelOutput, media
 from tiltflow.types import Prompt
 
 
@@ -75,7 +77,7 @@ def test_pointwise_calls_begin_when_a_batch_is_full_and_the_rest_at_the_end() ->
         assert model.calls[0][1] == 3
         table = scoring.finish()
     assert [count for _, count in model.calls] == [3, 1]
-    assert {name for name, _ in model.calls} == {"reward-r-0"}
+    assert {name for name, _ in model.calls} == {"reward-r"}
     assert table.column("r").tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
@@ -149,22 +151,97 @@ def test_a_call_that_takes_too_long_is_a_recorded_failure_and_the_others_count()
     assert (failure.samples, failure.kind, failure.message) == ((1,), "timeout", "no answer within 0.1 s")
 
 
-def test_a_remote_reward_keeps_to_the_timeout_by_itself() -> None:
-    class Patient(Watched):
-        remote = True
-        pause = 0.3
+def test_a_call_that_hangs_does_not_hold_its_lane() -> None:
+    class Hanging(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            if image[0][0, 0, 0] > 0.5:
+                time.sleep(1.0)
+            return super().__call__(prompt, image=image)
 
-    table = engine_of(Patient, async_reward=True, timeout=0.1).score(batch([0.1, 0.9]))  # of a request, not of the call
-    assert table.failures == ()
-    assert table.column("r").tolist() == pytest.approx([0.1, 0.9])
+    engine = engine_of(Hanging, async_reward=True, batch_size=1, timeout=0.1, on_error="mask")
+    began = time.monotonic()
+    table = engine.score(batch([0.9, 0.1, 0.8, 0.2]))
+    assert time.monotonic() - began < 0.8
+    assert table.column("r").isnan().tolist() == [True, False, True, False]
+    assert [failure.kind for failure in table.failures] == ["timeout"] * 2
 
 
-def test_when_every_lane_hangs_the_waiting_calls_fail_too() -> None:
-    engine, _ = watched(async_reward=True, batch_size=1, pause=1.0, timeout=0.1, on_error="mask")
-    table = engine.score(batch([0.1, 0.2, 0.3]))
-    assert table.scores.isnan().all()
-    assert [failure.kind for failure in table.failures] == ["timeout"] * 3
-    assert table.failures[1].message == "never began: all 1 workers are held by calls without an answer"
+def test_an_answer_that_came_too_late_is_none_whenever_it_is_looked_at() -> None:
+    engine, _ = watched(async_reward=True, batch_size=1, pause=0.2, timeout=0.05, on_error="mask")
+    with engine.begin() as scoring:
+        scoring.add_batch(batch([0.1]))
+        time.sleep(0.4)  # the answer is there by now
+        table = scoring.finish()
+    assert [failure.kind for failure in table.failures] == ["timeout"]
+
+
+def test_a_hanging_call_keeps_only_its_own_samples_in_memory() -> None:
+    class Hanging(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            if image[0][0, 0, 0] > 0.5:
+                time.sleep(1.0)
+            return super().__call__(prompt, image=image)
+
+    engine = engine_of(Hanging, async_reward=True, batch_size=1, timeout=0.1, on_error="mask")
+    samples = batch([0.9, 0.1])
+    images = [image.clone() for image in samples.images]
+    kept, free = (weakref.ref(image) for image in images)
+    with engine.begin() as scoring:
+        scoring.add(samples.prompts, [0, 1], images=images)
+        del images
+        scoring.finish()
+    del scoring
+    gc.collect()
+    assert kept() is not None
+    assert free() is None
+
+
+def test_a_library_that_ends_its_thread_is_a_failure_and_not_a_hang() -> None:
+    class Quitting(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            raise SystemExit("no licence")
+
+    table = engine_of(Quitting, async_reward=True, on_error="mask").score(batch([0.1]))
+    assert [(failure.kind, failure.message) for failure in table.failures] == [
+        ("RuntimeError", "SystemExit: no licence")
+    ]
+
+
+def test_a_failure_that_ends_the_scoring_is_told_while_samples_still_come() -> None:
+    class Broken(Watched):
+        def __call__(self, prompt, image=None, **fields: Any):
+            self.calls.append(("", len(prompt)))
+            raise ConnectionError("refused")
+
+    engine = engine_of(Broken, async_reward=True, batch_size=1)
+    (model,) = engine.models.values()
+    assert isinstance(model, Broken)
+    with pytest.raises(RewardError, match="ConnectionError: refused"), engine.begin() as scoring:
+        for _ in range(100):
+            scoring.add_batch(batch([0.1]))
+            time.sleep(0.01)
+    assert len(model.calls) < 50
+
+
+def test_two_asynchronous_rewards_convert_each_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    convert = media._pictures
+
+    def slowly(value: Any) -> Any:
+        made.append(1)
+        time.sleep(0.02)
+        return convert(value)
+
+    monkeypatch.setattr(media, "_pictures", slowly)
+
+    class Pictures(PointwiseRewardModel):
+        def __call__(self, prompt, image=None, **fields: Any):
+            return RewardModelOutput([float(item.getpixel((0, 0))[0]) for item in image])
+
+    rewards = [entry(name, name, async_reward=True, batch_size=2, num_workers=2) for name in ("a", "b")]
+    table = RewardEngine(rewards, factory=Pictures).score(batch([0.1] * 8))
+    assert not table.scores.isnan().any()
+    assert len(made) == 8
 
 
 def test_an_exception_in_a_lane_is_raised_or_recorded_as_the_entry_says() -> None:

@@ -93,7 +93,8 @@ def test_an_answer_that_cannot_be_read_is_a_failure_and_never_a_score(monkeypatc
 
 def test_only_with_an_endpoint_it_is_remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     serve(monkeypatch, by_brightness)
-    assert build_reward("DeQAScore", device="cpu", model="a-judge", base_url=URL).remote
+    reward = build_reward_model(entry("d", "DeQAScore", timeout=5, options={"model": "a-judge", "base_url": URL}))
+    assert reward.remote and reward.times_itself
     assert not build_reward("DeQAScore", device="cpu", model=str(save_vlm(tmp_path))).remote
 
 
@@ -107,6 +108,13 @@ def test_a_real_server(judge: JudgeServer) -> None:
     (failure,) = engine.score(batch([0.2, 0.8])).failures[:1]
     assert "the judge's first word is none of excellent, good, fair, poor, bad" in failure.message
     assert judge.asked()["body"]["messages"] == [{"role": "user", "content": ONE_WORD}]
+
+
+def test_a_local_model_in_the_main_thread_has_no_timeout(tmp_path: Path) -> None:
+    arguments = entry("d", "DeQAScore", timeout=5, options={"model": str(save_vlm(tmp_path))})
+    with pytest.raises(RewardError, match="reward 'd': timeout=5 needs async_reward: true or base_url"):
+        build_reward_model(arguments)
+    assert not build_reward_model(arguments.model_copy(update={"async_reward": True})).times_itself
 
 
 def test_pickling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

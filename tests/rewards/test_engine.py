@@ -292,8 +292,60 @@ def test_a_failed_batch_leaves_the_others_alone() -> None:
 
 
 def test_one_of_several_failures_is_told_and_the_rest_counted() -> None:
+    why: dict[int, Exception] = {0: ValueError("no"), 1: ValueError("neither"), 2: ValueError("nor")}
     with pytest.raises(RewardError, match=r"ValueError: no \(2 more failures\)"):
-        engine_of(output_of(ValueError("no")), batch_size=1).score(batch([0, 0, 0]))
+        engine_of(output_of(RewardModelOutput([0.0] * 3, failures=why))).score(batch([0, 0, 0]))
+
+
+def test_after_a_failure_that_ends_the_scoring_nothing_more_is_asked() -> None:
+    class Broken(Recorder):
+        def __call__(self, prompt, image=None, **fields: Any):
+            super().__call__(prompt, image=image)
+            raise ValueError("no")
+
+    with pytest.raises(RewardError, match="ValueError: no"):
+        engine_of(Broken, batch_size=1).score(batch([0, 0, 0]))
+    assert len(Recorder.made[0].calls) == 1
+
+
+def test_entries_that_share_a_model_give_it_their_largest_batch_size() -> None:
+    rewards = [entry("a", "x", batch_size=2, timeout=1.0), entry("b", "x", batch_size=5, async_reward=True)]
+    RewardEngine(rewards, factory=Recorder).score(batch([0.1] * 7))
+    (model,) = Recorder.made
+    assert [len(call["prompt"]) for call in model.calls] == [5, 2]
+    assert (model.config.batch_size, model.config.timeout, model.config.async_reward) == (5, None, True)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(2, 4, 4, 3),
+        [torch.zeros(3, 4, 4), torch.zeros(4, 4)],
+    ],
+)
+def test_what_is_no_image_is_refused(images: Any) -> None:
+    with (
+        engine_of(Recorder).begin() as scoring,
+        pytest.raises(ValueError, match=r"images: got .*; give floating-point tensors \[3, H, W\] in \[0, 1\]"),
+    ):
+        scoring.add([Prompt("a"), Prompt("b")], [0, 1], images=images)
+
+
+def test_the_pictures_are_let_go_of_when_scoring_ends() -> None:
+    samples = batch([0.1, 0.2])
+    engine = engine_of(Recorder)
+    with engine.begin() as scoring:
+        scoring.add_batch(samples)
+        scoring.finish()
+    assert scoring._media.images == []
+
+
+def test_extra_info_becomes_plain_values() -> None:
+    info = {"a": torch.tensor([[0.5, 1.0], [2.0, 3.0]]), "b": [np.float32(0.25), torch.tensor(3)], "c": ["x", None]}
+    table = engine_of(output_of(RewardModelOutput([1.0, 2.0], info))).score(batch([0, 0]))
+    assert table.extra_info == {"r": {"a": [[0.5, 1.0], [2.0, 3.0]], "b": [0.25, 3], "c": ["x", None]}}
+    assert [type(cell) for cell in table.extra_info["r"]["b"]] == [float, int]
 
 
 def test_a_shared_model_fails_under_each_entry_s_own_name_and_policy() -> None:

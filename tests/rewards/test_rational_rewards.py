@@ -213,7 +213,7 @@ def test_a_subclass_aggregates_otherwise(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # --- fields that samples do not have ----------------------------------------------------------------------------------
 
-NEEDS_CONDITIONS = "reward 'e' requires 'condition_images', which the samples of this version do not have"
+NEEDS_CONDITIONS = "reward 'e' requires 'condition_images', which these samples do not have"
 
 
 def test_an_edit_reward_can_be_built_but_not_trained_with() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from tiltflow.rewards import (
     check_reward,
     reward_class,
 )
+from tiltflow.rewards.base import PROVIDED_FIELDS
 from tiltflow.rewards.geneval_reward import GenevalReward
-from tiltflow.rewards.registry import check_provided
 from tiltflow.types import Config, Prompt
 
 HERE = "tests.rewards.test_registry"
@@ -221,9 +222,16 @@ def test_a_constructor_that_fails_names_the_reward_and_the_cause() -> None:
         build_reward_model(entry("mine", f"{HERE}.FailsToLoad"))
 
 
-def test_the_accelerator_reaches_the_reward() -> None:
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    ("name", "found"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")]
+)
+def test_the_gpu_of_the_process_is_meant_where_none_is_named(name: str, found: str) -> None:
+    accelerator = SimpleNamespace(device=torch.device("cuda:1"))
+    reward = build_reward_model(entry("mine", f"{HERE}.MyPointwiseReward", device=name), accelerator)
+    assert reward.device == torch.device(found)
 
+
+def test_the_accelerator_reaches_the_reward() -> None:
     accelerator = SimpleNamespace(device=torch.device("meta"))
     reward = build_reward_model(entry("mine", f"{HERE}.MyPointwiseReward", device="auto"), accelerator)
     assert reward.accelerator is accelerator
@@ -303,23 +311,46 @@ class NeedsMetadata(FailsToLoad):
     required_fields = ("prompt", "metadata")
 
 
-def test_a_field_that_does_not_exist_is_refused_before_the_model_loads() -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "NeedsVideo",
+            "reward 'mine' requires 'video', which these samples do not have; they have: prompt, image, metadata",
+        ),
+        ("NeedsConditions", "reward 'mine' requires 'condition_images', which these samples do not have"),
+        ("NeedsDepth", "reward 'mine': required_fields names 'depth'; legal fields: prompt, image, video"),
+    ],
+)
+def test_a_field_that_no_sample_has_is_refused_before_the_model_loads(name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        check_reward(entry("mine", f"{HERE}.{name}"), provided=PROVIDED_FIELDS)
+
+
+def test_a_field_that_no_reward_can_have_is_refused_wherever_it_is_built() -> None:
     arguments = entry("mine", f"{HERE}.NeedsDepth")
-    message = "reward 'mine': required_fields names 'depth'; legal fields: prompt, image, video"
     for check in (check_reward, build_reward_model, lambda arguments: RewardEngine([arguments])):
-        with pytest.raises(RewardError, match=message):
+        with pytest.raises(RewardError, match="reward 'mine': required_fields names 'depth'"):
             check(arguments)
 
 
-@pytest.mark.parametrize(("name", "field"), [("NeedsVideo", "video"), ("NeedsConditions", "condition_images")])
-def test_a_field_that_samples_of_prompts_do_not_have(name: str, field: str) -> None:
-    arguments = entry("mine", f"{HERE}.{name}")
-    assert field in check_reward(arguments).required_fields
-    message = f"reward 'mine' requires '{field}', which the samples of this version do not have; they have: prompt, "
-    with pytest.raises(RewardError, match=message):
-        check_provided(arguments)
-    with pytest.raises(RewardError, match=message):
-        check_prompts([arguments], [Prompt("a cat")], source="my.txt")
+class CountsFrames(PointwiseRewardModel):
+    required_fields = ("video",)
+
+    def __call__(self, prompt=None, image=None, video=None, condition_images=None, condition_videos=None):
+        return RewardModelOutput([float(len(frames)) for frames in video])
+
+
+def test_a_reward_of_videos_can_be_built_and_fed() -> None:
+    with RewardEngine([entry("mine", f"{HERE}.CountsFrames")]).begin() as scoring:
+        scoring.add([Prompt("a")], [0], videos=torch.rand(1, 2, 3, 4, 4))
+        assert scoring.finish().column("mine").tolist() == [2.0]
+
+
+def test_a_timeout_that_nothing_can_keep_is_refused() -> None:
+    with pytest.raises(RewardError, match=r"reward 'mine': timeout=5 needs async_reward: true"):
+        check_reward(entry("mine", f"{HERE}.MyPointwiseReward", timeout=5.0))
+    check_reward(entry("mine", f"{HERE}.MyPointwiseReward", timeout=5.0, async_reward=True))
 
 
 def test_metadata_that_some_prompts_lack_is_refused_before_the_model_loads() -> None:

@@ -12,7 +12,15 @@ from tiltflow.config import RunConfig, read_yaml, run_config
 from tiltflow.data import PromptStream, load_prompts
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
-from tiltflow.rewards import RewardArguments, RewardEngine, RewardModel, build_reward_model, check_prompts, identity
+from tiltflow.rewards import (
+    RewardArguments,
+    RewardEngine,
+    RewardModel,
+    build_reward_model,
+    check_prompts,
+    identity,
+    shared_entries,
+)
 from tiltflow.runtime.checkpoint import verify_checkpoint
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import Trainer, check_geometry
@@ -49,11 +57,12 @@ def build_engines(config: RunConfig, distributed: Distributed) -> tuple[RewardEn
     Equal rewards of the two share one model.
     """
     models: dict[str, RewardModel] = {}
+    shared = shared_entries([*config.rewards, *config.eval_rewards])
 
     def factory(arguments: RewardArguments) -> RewardModel:
         key = identity(arguments)
         if key not in models:
-            models[key] = build_reward_model(arguments, distributed.accelerator)
+            models[key] = build_reward_model(shared[key], distributed.accelerator)
         return models[key]
 
     training = RewardEngine(config.rewards, factory=factory)

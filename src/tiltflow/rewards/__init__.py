@@ -16,6 +16,7 @@ from tiltflow.rewards.registry import (
     check_reward,
     identity,
     reward_class,
+    shared_entries,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "check_reward",
     "identity",
     "reward_class",
+    "shared_entries",
 ]

@@ -32,7 +32,7 @@ class RewardArguments(Config):
     on_error: Literal["raise", "mask"] | None = None  # None: raise for local rewards, mask for remote ones
     async_reward: bool = False  # score in worker threads while sampling goes on
     num_workers: int = Field(default=1, ge=1)  # of this reward alone; only when async
-    timeout: float | None = Field(default=None, gt=0)  # seconds: of one async call, of one request of a remote reward
+    timeout: float | None = Field(default=None, gt=0)  # seconds that one call may take, or one request of a remote one
     options: Mapping[str, Any] = Field(default_factory=dict[str, Any])
 
 
@@ -66,7 +66,8 @@ class RewardModel(ABC):
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
     use_tensor_inputs: ClassVar[bool] = False
-    remote: bool = False  # asks another process or machine, and gives up after config.timeout by itself
+    remote: bool = False  # asks another process or machine, which may be out of reach
+    times_itself: bool = False  # keeps to `config.timeout` by itself, request by request
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
 
@@ -123,8 +124,8 @@ class GroupwiseRewardModel(RewardModel):
 
 
 def _device(name: str, accelerator: "Accelerator | None") -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if accelerator is not None:
-        return accelerator.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if accelerator is not None and name in ("auto", accelerator.device.type):
+        return accelerator.device  # with its index: worker threads would take the first GPU otherwise
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -7,13 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tiltflow.rewards.base import (
-    GroupwiseRewardModel,
-    PointwiseRewardModel,
-    RewardArguments,
-    RewardModelOutput,
-    Weights,
-)
+from tiltflow.rewards.base import GroupwiseRewardModel, RewardModelOutput, Weights
+from tiltflow.rewards.scorer_reward import PointwiseScorerReward, ScorerOptions, ScorerReward
 from tiltflow.scorers import ClipScorer
 from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder
 from tiltflow.scorers.clip import ClipScale
@@ -25,41 +20,37 @@ HPS_FILES: Final = {
 }
 
 
-class PickScoreOptions(Config):
-    """Options of PickScore."""
-
-    model_name_or_path: str = "yuvalkirstain/PickScore_v1"
-    divisor: float = Field(default=26.0, gt=0)  # 1 gives the published scale, about 18 to 26
-
-
-class ClipOptions(Config):
-    """Options of CLIPScore."""
-
-    model_name_or_path: str = "openai/clip-vit-large-patch14"
-    scale: ClipScale = "cosine"  # or logits: the cosine times about 100
-    divisor: float = Field(default=1.0, gt=0)
-
-
-class HPSv2Options(Config):
-    """Options of HPSv2."""
-
-    version: Literal["v2.1", "v2.0"] = "v2.1"  # their scores cannot be compared
-    antialias: bool = True  # False resizes as installations of 2023 did
-    checkpoint: str | None = None  # a file in place of the version's own
-    tokenizer: str | None = None  # folder or hub repository of CLIP's tokenizer; None looks for it
-    divisor: float = Field(default=1.0, gt=0)
-
-
 class PickScoreRankOptions(Config):
     """Options of the PickScore rank."""
 
     model_name_or_path: str = "yuvalkirstain/PickScore_v1"
 
 
-class PickScoreReward(PointwiseRewardModel):
-    """PickScore divided by `divisor`; `extra_info` carries the score itself."""
+class PickScoreOptions(PickScoreRankOptions):
+    """Options of PickScore."""
 
-    use_tensor_inputs = True
+    divisor: float = Field(default=26.0, gt=0)  # 1 gives the published scale, about 18 to 26
+
+
+class ClipOptions(ScorerOptions):
+    """Options of CLIPScore."""
+
+    model_name_or_path: str = "openai/clip-vit-large-patch14"
+    scale: ClipScale = "cosine"  # or logits: the cosine times about 100
+
+
+class HPSv2Options(ScorerOptions):
+    """Options of HPSv2."""
+
+    version: Literal["v2.1", "v2.0"] = "v2.1"  # their scores cannot be compared
+    antialias: bool = True  # False resizes as installations of 2023 did
+    checkpoint: str | None = None  # a file in place of the version's own
+    tokenizer: str | None = None  # folder or hub repository of CLIP's tokenizer; None looks for it
+
+
+class PickScoreReward(PointwiseScorerReward):
+    """PickScore divided by `divisor`."""
+
     Options = PickScoreOptions
 
     @classmethod
@@ -67,30 +58,12 @@ class PickScoreReward(PointwiseRewardModel):
         """Return what is loaded."""
         return (WeightsFolder(options.model_name_or_path),)
 
-    def __init__(self, config: RewardArguments, accelerator: Any = None):
-        """Load the network, or share the one that is loaded.
-
-        Raises:
-            RewardError: The weights or the tokenizer are missing or do not fit.
-        """
-        super().__init__(config, accelerator)
-        self.scorer = _pickscore(self.options.model_name_or_path, self)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: list[str],
-        image: Any = None,
-        video: Any = None,
-        condition_images: Any = None,
-        condition_videos: Any = None,
-    ) -> RewardModelOutput:
-        """Score image tensors in [0, 1] against their prompts."""
-        scores = self.scorer.score(image, prompt)
-        return RewardModelOutput(scores / self.options.divisor, {"pickscore": scores.tolist()})
+    def load_scorer(self, options: PickScoreOptions) -> ClipScorer:
+        """Return the network."""
+        return _pickscore(options, self)
 
 
-class PickScoreRankReward(GroupwiseRewardModel):
+class PickScoreRankReward(ScorerReward, GroupwiseRewardModel):
     """Rank by PickScore within the group, 0 the lowest, divided by the group's size.
 
     Equal scores share their mean rank.
@@ -98,7 +71,6 @@ class PickScoreRankReward(GroupwiseRewardModel):
     Example: scores 20, 22, 22, 21 of one prompt give 0, 2.5/4, 2.5/4 and 1/4. `extra_info` carries the scores.
     """
 
-    use_tensor_inputs = True
     Options = PickScoreRankOptions
 
     @classmethod
@@ -106,14 +78,9 @@ class PickScoreRankReward(GroupwiseRewardModel):
         """Return what is loaded."""
         return (WeightsFolder(options.model_name_or_path),)
 
-    def __init__(self, config: RewardArguments, accelerator: Any = None):
-        """Load the network, or share the one that is loaded.
-
-        Raises:
-            RewardError: The weights or the tokenizer are missing or do not fit.
-        """
-        super().__init__(config, accelerator)
-        self.scorer = _pickscore(self.options.model_name_or_path, self)
+    def load_scorer(self, options: PickScoreRankOptions) -> ClipScorer:
+        """Return the network."""
+        return _pickscore(options, self)
 
     @torch.no_grad()
     def __call__(
@@ -131,10 +98,9 @@ class PickScoreRankReward(GroupwiseRewardModel):
         return RewardModelOutput(mean_ranks(scores) / max(len(prompt), 1), {"pickscore": scores.tolist()})
 
 
-class ClipReward(PointwiseRewardModel):
+class ClipReward(PointwiseScorerReward):
     """CLIPScore, cosine or logits, divided by `divisor`."""
 
-    use_tensor_inputs = True
     Options = ClipOptions
 
     @classmethod
@@ -142,36 +108,17 @@ class ClipReward(PointwiseRewardModel):
         """Return what is loaded."""
         return (WeightsFolder(options.model_name_or_path),)
 
-    def __init__(self, config: RewardArguments, accelerator: Any = None):
-        """Load the network, or share the one that is loaded.
-
-        Raises:
-            RewardError: The weights or the tokenizer are missing or do not fit.
-        """
-        super().__init__(config, accelerator)
-        options: ClipOptions = self.options
+    def load_scorer(self, options: ClipOptions) -> ClipScorer:
+        """Return the network."""
         folder = WeightsFolder(options.model_name_or_path).require()
-        self.scorer = ClipScorer.from_pretrained(
+        return ClipScorer.from_pretrained(
             folder, kind="clip", scale=options.scale, device=self.device, dtype=self.dtype
         )
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: list[str],
-        image: Any = None,
-        video: Any = None,
-        condition_images: Any = None,
-        condition_videos: Any = None,
-    ) -> RewardModelOutput:
-        """Score image tensors in [0, 1] against their prompts."""
-        return RewardModelOutput(self.scorer.score(image, prompt) / self.options.divisor)
 
-
-class HPSv2Reward(PointwiseRewardModel):
+class HPSv2Reward(PointwiseScorerReward):
     """HPSv2 or HPSv2.1, a cosine of about 0.2 to 0.35 (published tables show it times 100), divided by `divisor`."""
 
-    use_tensor_inputs = True
     Options = HPSv2Options
 
     @classmethod
@@ -179,15 +126,9 @@ class HPSv2Reward(PointwiseRewardModel):
         """Return what is loaded."""
         return () if options.checkpoint else (HPS_FILES[options.version],)
 
-    def __init__(self, config: RewardArguments, accelerator: Any = None):
-        """Load the network, or share the one that is loaded.
-
-        Raises:
-            RewardError: The weights or the tokenizer are missing or do not fit.
-        """
-        super().__init__(config, accelerator)
-        options: HPSv2Options = self.options
-        self.scorer = ClipScorer.from_open_clip(
+    def load_scorer(self, options: HPSv2Options) -> ClipScorer:
+        """Return the network."""
+        return ClipScorer.from_open_clip(
             options.checkpoint or HPS_FILES[options.version].require(),
             kind="hpsv2",
             hidden_act="gelu",  # LAION's ViT-H/14, which HPSv2 was fitted from, has the exact one
@@ -196,18 +137,6 @@ class HPSv2Reward(PointwiseRewardModel):
             device=self.device,
             dtype=self.dtype,
         )
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: list[str],
-        image: Any = None,
-        video: Any = None,
-        condition_images: Any = None,
-        condition_videos: Any = None,
-    ) -> RewardModelOutput:
-        """Score image tensors in [0, 1] against their prompts."""
-        return RewardModelOutput(self.scorer.score(image, prompt) / self.options.divisor)
 
 
 def mean_ranks(scores: Tensor) -> Tensor:
@@ -220,6 +149,6 @@ def mean_ranks(scores: Tensor) -> Tensor:
     return (below + (equal - 1) / 2).float().masked_fill(scores.isnan(), torch.nan)
 
 
-def _pickscore(model: str, reward: PickScoreReward | PickScoreRankReward) -> ClipScorer:
-    folder = WeightsFolder(model).require()
+def _pickscore(options: PickScoreRankOptions, reward: ScorerReward) -> ClipScorer:
+    folder = WeightsFolder(options.model_name_or_path).require()
     return ClipScorer.from_pretrained(folder, kind="pickscore", device=reward.device, dtype=reward.dtype)

@@ -47,6 +47,7 @@ class DeQAReward(PointwiseRewardModel):
     """
 
     required_fields = ("image",)
+    times_itself = True  # with an endpoint; the constructor unsays it for a local model
     Options = DeQAOptions
 
     @classmethod
@@ -69,7 +70,7 @@ class DeQAReward(PointwiseRewardModel):
                 f"cache, or one behind base_url; {REMOTE_CODE}"
             )
         self._judge: DeQAScorer | _RemoteJudge
-        self.remote = options.base_url is not None
+        self.remote = self.times_itself = options.base_url is not None
         if options.base_url is None:
             self._judge = self._local_judge(options.model, options)
         else:
@@ -95,6 +96,11 @@ class DeQAReward(PointwiseRewardModel):
         return RewardModelOutput(rewards, {"levels": done.results}, done.failures)
 
     def _local_judge(self, model: str, options: DeQAOptions) -> DeQAScorer:
+        if self.config.timeout is not None and not self.config.async_reward:
+            raise RewardError(
+                f"reward {self.config.name!r}: timeout={self.config.timeout:g} needs async_reward: true or base_url; a "
+                "call of a local model in the main thread cannot be given up"
+            )
         idle = sorted(options.model_fields_set.intersection(ENDPOINT_OPTIONS))
         if idle:
             raise RewardError(

@@ -18,7 +18,7 @@ from tiltflow.errors import RewardError
 from tiltflow.rewards.base import RewardArguments, RewardModel
 from tiltflow.rewards.media import Conditions, Media
 from tiltflow.rewards.passes import Outcome, Pass
-from tiltflow.rewards.registry import build_reward_model, identity
+from tiltflow.rewards.registry import build_reward_model, identity, shared_entries
 from tiltflow.types import Prompt, RewardFailure, RewardTable, SampleBatch
 
 Factory = Callable[[RewardArguments], RewardModel]
@@ -47,16 +47,8 @@ class RewardEngine:
         self.rewards = tuple(rewards)
         self.names = tuple(names)
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
-        self.models: dict[str, RewardModel] = {}
-        for key, entries in self.shared().items():
-            self.models[key] = factory(entries[0])
-
-    def shared(self) -> dict[str, list[RewardArguments]]:
-        """Return the entries of each distinct reward."""
-        groups: dict[str, list[RewardArguments]] = {}
-        for reward in self.rewards:
-            groups.setdefault(identity(reward), []).append(reward)
-        return groups
+        self.shared = shared_entries(rewards)
+        self.models = {key: factory(entry) for key, entry in self.shared.items()}
 
     def begin(self, *, group_size: int | None = None) -> "Scoring":
         """Start scoring samples that come in little by little.
@@ -92,8 +84,8 @@ class Scoring:
         self._engine = engine
         self._media = Media()
         self._passes = {
-            key: Pass(engine.models[key], entries, self._media, group_size=group_size)
-            for key, entries in engine.shared().items()
+            key: Pass(engine.models[key], entry, self._media, group_size=group_size)
+            for key, entry in engine.shared.items()
         }
 
     def add_batch(self, samples: SampleBatch) -> None:
@@ -121,8 +113,9 @@ class Scoring:
             condition_videos: B lists of `[T, 3, H, W]`.
 
         Raises:
-            RewardError: A reward requires a field that is not given.
-            ValueError: A field has not B entries.
+            RewardError: A reward requires a field that is not given, or an asynchronous one whose `on_error` is `raise`
+                has failed meanwhile.
+            ValueError: A field has not B entries, or they are no images.
         """
         rows = self._media.add(
             prompts,
@@ -133,9 +126,10 @@ class Scoring:
             condition_videos=condition_videos,
         )
         for each in self._passes.values():
-            self._media.check(each.names[0], each.model)
+            self._media.check(each.name, each.model)
         for each in self._passes.values():
             each.feed(rows)
+            self._stop_on(each.early_failures())
 
     def finish(self) -> RewardTable:
         """Run the synchronous rewards, collect the asynchronous answers and merge them by sample.
@@ -149,29 +143,30 @@ class Scoring:
         passes = list(self._passes.values())
         for each in passes:
             each.flush()
-        for each in passes:
-            each.run_here()
-        outcomes = {key: each.collect() for key, each in self._passes.items()}
+        ordered = sorted(self._passes.items(), key=lambda item: item[1].asynchronous)  # synchronous ones first
+        outcomes: dict[str, Outcome] = {}
+        for key, each in ordered:
+            self._stop_on(each.early_failures())
+            outcomes[key] = each.collect()
+            self._stop_on(outcomes[key].failures if each.raises else ())
         return self._merge(outcomes)
 
     def _merge(self, outcomes: dict[str, Outcome]) -> RewardTable:
         columns, failures, extra = [], [], {}
         for reward in self._engine.rewards:
             outcome = outcomes[identity(reward)]
-            remote = self._engine.models[identity(reward)].remote
-            named = [RewardFailure(reward.name, p.samples, p.kind, p.message) for p in outcome.failures]
-            if named and (reward.on_error or ("mask" if remote else "raise")) == "raise":
-                raise RewardError(self._explain(named))
             columns.append(outcome.scores)
-            failures += named
+            failures += [RewardFailure(reward.name, p.samples, p.kind, p.message) for p in outcome.failures]
             if outcome.extra_info:
                 extra[reward.name] = outcome.extra_info
         return RewardTable(self._engine.names, torch.stack(columns, dim=1), tuple(failures), extra)
 
-    def _explain(self, failures: Sequence[RewardFailure]) -> str:
+    def _stop_on(self, failures: Sequence[RewardFailure]) -> None:
+        if not failures:
+            return
         first = failures[0]
         more = f" ({len(failures) - 1} more failures)" if len(failures) > 1 else ""
-        return (
+        raise RewardError(
             f"reward {first.reward!r} failed on {len(first.samples)} samples, the first of prompt "
             f"{self._media.prompts[first.samples[0]].text!r}: {first.kind}: {first.message}{more}; "
             "set on_error: mask for this reward to leave such samples out instead"
@@ -183,3 +178,4 @@ class Scoring:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for each in self._passes.values():
             each.close()
+        self._media.clear()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -17,6 +17,7 @@ class Call(Generic[T]):
     work: Callable[[], T]
     done: threading.Event = field(default_factory=threading.Event)
     began: float | None = None  # of the monotonic clock
+    ended: float | None = None
     given_up: bool = False
     result: T | None = None
     error: Exception | None = None
@@ -28,13 +29,55 @@ class Call(Generic[T]):
             self.result = self.work()
         except Exception as error:  # kept for whoever waits for this call
             self.error = error
-        self.done.set()
+        except BaseException as error:  # such as a library's sys.exit: it would end the thread, and nobody would know
+            self.error = RuntimeError(f"{type(error).__name__}: {error}")
+        finally:
+            self.ended = time.monotonic()
+            self.done.set()
+
+    def answer(self) -> T:
+        """Return what the work returned, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.result  # pyright: ignore[reportReturnType]  # T may itself be None
+
+
+class Runner(Protocol[T]):
+    """Where calls are made."""
+
+    def submit(self, work: Callable[[], T]) -> Call[T]:
+        """Take a call; returns at once."""
+        ...
+
+    def wait(self, call: Call[T]) -> T:
+        """Return the call's result, or raise what it raised."""
+        ...
+
+    def close(self) -> None:
+        """Drop the calls that have not begun."""
+        ...
+
+
+class Inline(Generic[T]):
+    """Makes each call when its result is asked for, in the thread that asks."""
+
+    def submit(self, work: Callable[[], T]) -> Call[T]:
+        """Keep a call for later."""
+        return Call(work)
+
+    def wait(self, call: Call[T]) -> T:
+        """Make the call and return its result, or raise what it raised."""
+        return call.work()
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 class Lanes(Generic[T]):
     """A fixed number of threads that work off calls in order.
 
-    The threads are daemons: a call that hangs in a library is given up, and does not keep the process from ending.
+    The threads are daemons: a call that hangs in a library is given up, another thread takes its lane, and neither
+    keeps the process from ending.
     """
 
     def __init__(self, count: int, *, name: str, timeout: float | None):
@@ -46,36 +89,36 @@ class Lanes(Generic[T]):
             timeout: Seconds that one call may take, from its start; None waits for ever.
         """
         self._queue: SimpleQueue[Call[T] | None] = SimpleQueue()
-        self._count = count
+        self._name = name
         self._timeout = timeout
-        self._late: list[Call[T]] = []
-        for index in range(count):
-            threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True).start()
+        self._calls: list[Call[T]] = []  # not yet done
+        self._lock = threading.Lock()
+        for _ in range(count):
+            self._start()
 
     def submit(self, work: Callable[[], T]) -> Call[T]:
         """Queue a call; returns at once."""
         call = Call(work)
+        with self._lock:
+            self._calls.append(call)
         self._queue.put(call)
+        self._replace_late()
         return call
 
     def wait(self, call: Call[T]) -> T:
         """Return a call's result.
 
         Raises:
-            TimeoutError: It took longer than the timeout, or all lanes are held by calls that did.
+            TimeoutError: It took longer than the timeout.
             Exception: What the call raised.
         """
         while not call.done.wait(self._patience(call)):
-            if self._is_late(call):
-                self._late.append(call)
-                call.given_up = True
-                raise TimeoutError(f"no answer within {self._timeout:g} s")
-            if call.began is None and sum(not late.done.is_set() for late in self._late) >= self._count:
-                call.given_up = True
-                raise TimeoutError(f"never began: all {self._count} workers are held by calls without an answer")
-        if call.error is not None:
-            raise call.error
-        return call.result  # pyright: ignore[reportReturnType]  # T may itself be None
+            self._replace_late()
+            if call.given_up:
+                break
+        if call.given_up or self._is_late(call):
+            raise TimeoutError(f"no answer within {self._timeout:g} s")
+        return call.answer()
 
     def close(self) -> None:
         """Let the threads end when they have nothing left to do; calls that wait are dropped."""
@@ -83,8 +126,21 @@ class Lanes(Generic[T]):
             waiting = self._queue.get()
             if waiting is not None:
                 waiting.given_up = True
-        for _ in range(self._count):
-            self._queue.put(None)
+        self._queue.put(None)
+
+    def _start(self) -> None:
+        threading.Thread(target=_work, args=(self._queue,), name=self._name, daemon=True).start()
+
+    def _replace_late(self) -> None:
+        """Give up the calls that take too long, and start a thread in place of each of theirs."""
+        if self._timeout is None:
+            return
+        with self._lock:
+            self._calls = [call for call in self._calls if not call.done.is_set()]
+            for call in self._calls:
+                if self._is_late(call) and not call.given_up:
+                    call.given_up = True
+                    self._start()
 
     def _patience(self, call: Call[T]) -> float | None:
         """Return how long to sleep before looking again: to a running call's deadline, briefly for a queued one."""
@@ -93,9 +149,16 @@ class Lanes(Generic[T]):
         return 0.02 if call.began is None else max(0.0, call.began + self._timeout - time.monotonic()) + 1e-3
 
     def _is_late(self, call: Call[T]) -> bool:
-        return self._timeout is not None and call.began is not None and time.monotonic() - call.began >= self._timeout
+        if self._timeout is None or call.began is None:
+            return False
+        return (call.ended or time.monotonic()) - call.began >= self._timeout
 
-    def _work(self) -> None:
-        while (call := self._queue.get()) is not None:
-            if not call.given_up:
-                call.run()
+
+def _work(queue: "SimpleQueue[Call[T] | None]") -> None:
+    """Work off calls until told to end, or until another thread has taken the lane of a call that took too long."""
+    while (call := queue.get()) is not None:
+        if not call.given_up:
+            call.run()
+            if call.given_up:
+                return
+    queue.put(None)  # for the next thread

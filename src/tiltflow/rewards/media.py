@@ -32,11 +32,18 @@ class Media:
 
     def __post_init__(self) -> None:
         self._lock = Lock()
+        self._making: dict[tuple[str, int], Lock] = {}
         self._pil: dict[tuple[str, int], Any] = {}
         self._finite: dict[tuple[str, int], bool] = {}
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def clear(self) -> None:
+        """Let go of every picture; prompts and groups stay."""
+        for values in (self.images, self.videos, self.condition_images, self.condition_videos):
+            values.clear()
+        self._pil.clear()
 
     def add(
         self,
@@ -51,7 +58,8 @@ class Media:
         """Append samples and return their rows.
 
         Raises:
-            ValueError: The fields have not one entry per prompt, or an earlier call gave other fields.
+            ValueError: The fields have not one entry per prompt, an earlier call gave other fields, or a tensor is not
+                floating point `[3, H, W]`, or `[T, 3, H, W]` for videos.
         """
         first = len(self.prompts)
         self.prompts += prompts
@@ -65,6 +73,7 @@ class Media:
         for name, values in given.items():
             own: list[Any] = getattr(self, name)
             if values is not None:
+                _check_form(name, values)
                 own += list(values)
             if len(own) not in (0, len(self.prompts)) or (values is not None and len(own) != len(self.prompts)):
                 raise ValueError(f"{name} has {len(own)} entries for {len(self.prompts)} prompts; give one per prompt")
@@ -130,11 +139,11 @@ class Media:
     def _picture(self, name: str, row: int) -> Any:
         key = (name, row)
         with self._lock:
-            if key in self._pil:
-                return self._pil[key]
-        made = _pictures(self._values(name)[row])
-        with self._lock:
-            return self._pil.setdefault(key, made)
+            making = self._making.setdefault(key, Lock())
+        with making:  # whoever comes second waits for the first one's pictures
+            if key not in self._pil:
+                self._pil[key] = _pictures(self._values(name)[row])
+            return self._pil[key]
 
     def _values(self, name: str) -> Sequence[Any]:
         """Return the tensors of a field that is not text."""
@@ -144,6 +153,19 @@ class Media:
             "condition_images": self.condition_images,
             "condition_videos": self.condition_videos,
         }[name]
+
+
+def _check_form(name: str, values: Any) -> None:
+    """Raise ValueError unless a field, nested as it may be, holds floating-point pictures, the channels first."""
+    axes = 4 if name.endswith("videos") else 3
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim > axes:
+            _check_form(name, value)
+        elif not value.is_floating_point() or value.ndim < axes or value.shape[-3] != 3:
+            form = "[T, 3, H, W]" if axes == 4 else "[3, H, W]"
+            raise ValueError(
+                f"{name}: got {value.dtype} {list(value.shape)}; give floating-point tensors {form} in [0, 1]"
+            )
 
 
 def _all_finite(value: Any) -> bool:

@@ -5,21 +5,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import GroupwiseRewardModel, RewardArguments, RewardModel, RewardModelOutput
-from tiltflow.rewards.lanes import Call, Lanes
+from tiltflow.rewards.lanes import Call, Inline, Lanes, Runner
 from tiltflow.rewards.media import Media
 from tiltflow.types import RewardFailure
 
-Answer = tuple[Tensor, Mapping[str, Sequence[Any]], Mapping[int, Exception]]
+
+@dataclass(frozen=True)
+class Answer:
+    """What a reward says about the B samples of one call."""
+
+    scores: Tensor  # [B] float32 on the CPU
+    extra_info: Mapping[str, Sequence[Any]]  # key -> B plain values
+    failures: Mapping[int, Exception]  # place in the call -> why
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one reward says about B samples."""
+    """What one reward says about all samples of a table."""
 
     scores: Tensor  # [B] float32; NaN where it failed
     failures: Sequence[RewardFailure]
@@ -30,32 +38,49 @@ class WrongLength(RewardError):
     """A reward returned too few or too many values."""
 
 
+class Job:
+    """One call of a reward. It lets go of the media when it begins, so that a call that hangs keeps only its own."""
+
+    def __init__(self, model: RewardModel, media: Media, rows: Sequence[int]):
+        self.model = model
+        self.media: Media | None = media
+        self.rows = rows
+
+    def __call__(self) -> Answer:
+        """Ask the reward about the rows."""
+        assert self.media is not None
+        fields = self.media.fields(self.model, self.rows)
+        self.media = None
+        with torch.no_grad():
+            return read_output(self.model(**fields), len(self.rows))
+
+
 class Pass:
     """Feeds one reward with batches or groups, in worker threads if it is asynchronous."""
 
-    def __init__(self, model: RewardModel, entries: Sequence[RewardArguments], media: Media, *, group_size: int | None):
-        """Prepare a pass, and start its lanes if one of its entries is asynchronous.
+    def __init__(self, model: RewardModel, entry: RewardArguments, media: Media, *, group_size: int | None):
+        """Prepare a pass, and start its lanes if it is asynchronous.
 
         Args:
             model: The reward.
-            entries: Those that it serves.
+            entry: What the entries that share it come to.
             media: The samples, shared by all passes.
             group_size: Samples per group, if that is known before the end.
         """
         self.model = model
-        self.names = [entry.name for entry in entries]
+        self.name = entry.name
+        self.asynchronous = entry.async_reward
+        self.raises = (entry.on_error or ("mask" if model.remote else "raise")) == "raise"
         self._media = media
-        self._batch_size = max(entry.batch_size for entry in entries)
+        self._batch_size = entry.batch_size
         self._group_size = group_size
         self._waiting: list[int] = []
-        self._jobs: list[tuple[list[int], Call[Answer] | None]] = []
-        self._lanes: Lanes[Answer] | None = None
-        if any(entry.async_reward for entry in entries):
-            workers = max(entry.num_workers for entry in entries if entry.async_reward)
-            # A remote reward keeps to the timeout in each of its requests; a call may be several, tried several times.
-            timeouts = [entry.timeout for entry in entries if entry.timeout is not None and not model.remote]
-            self._lanes = Lanes(workers, name=f"reward-{self.names[0]}", timeout=max(timeouts, default=None))
-        self._answers: dict[int, Answer | Exception] = {}
+        self._jobs: list[tuple[list[int], Call[Answer]]] = []
+        self._unseen = 0  # the first job that `early_failures` has not looked at
+        self._runner: Runner[Answer] = Inline()
+        if self.asynchronous:
+            timeout = None if model.times_itself else entry.timeout
+            self._runner = Lanes(entry.num_workers, name=f"reward-{entry.name}", timeout=timeout)
         self._broken: list[RewardFailure] = []
 
     def feed(self, rows: Sequence[int]) -> None:
@@ -65,7 +90,7 @@ class Pass:
         the answers about others, or make a number of what is none.
         """
         self._waiting += self._sound(rows)
-        if self._lanes is None:
+        if not self.asynchronous:
             return
         if not isinstance(self.model, GroupwiseRewardModel):
             while len(self._waiting) >= self._batch_size:
@@ -89,36 +114,35 @@ class Pass:
         for rows in parts:
             self._submit(rows)
 
-    def run_here(self) -> None:
-        """Do the calls of a synchronous reward."""
-        if self._lanes is not None:
-            return
-        for index, (rows, _) in enumerate(self._jobs):
-            try:
-                self._answers[index] = self._ask(rows)
-            except Exception as error:  # any user code may fail in any way: it is recorded with its samples
-                self._answers[index] = error
+    def early_failures(self) -> list[RewardFailure]:
+        """Return the failures that are known already, if any of them ends the scoring; never waits."""
+        if not self.raises:
+            return []
+        failures = list(self._broken)
+        while self.asynchronous and self._unseen < len(self._jobs) and self._jobs[self._unseen][1].done.is_set():
+            rows, call = self._jobs[self._unseen]
+            failures += self._failures(rows, self._answer(call))
+            self._unseen += 1
+        return failures
 
     def collect(self) -> Outcome:
-        """Wait for all calls and put their answers in the places of their samples."""
+        """Make the calls of a synchronous reward, or wait for those of an asynchronous one, and sort the answers.
+
+        Where a failure ends the scoring, the calls after it are not made or waited for.
+        """
         total = len(self._media)
         scores = torch.full((total,), math.nan)
         failures = list(self._broken)
         extra: dict[str, list[Any]] = {}
-        for index, (rows, _) in enumerate(self._jobs):
-            answer = self._answer(index)
+        for rows, call in self._jobs:
+            if failures and self.raises:
+                break
+            answer = self._answer(call)
+            failures += self._failures(rows, answer)
             if isinstance(answer, Exception):
-                failures.append(RewardFailure(self.names[0], tuple(rows), _kind(answer), str(answer)))
                 continue
-            values, info, told = answer
-            failures += self._told(rows, told)
-            finite = values.isfinite()
-            bad = [row for place, row in enumerate(rows) if not finite[place] and place not in told]
-            if bad:
-                failures.append(RewardFailure(self.names[0], tuple(bad), "not finite", "the reward is NaN or infinite"))
-            finite[list(told)] = False
-            scores[rows] = values.masked_fill(~finite, math.nan)
-            for key, column in info.items():
+            scores[rows] = answer.scores.masked_fill(~_valid(answer), math.nan)
+            for key, column in answer.extra_info.items():
                 cells = extra.setdefault(key, [None] * total)
                 for row, cell in zip(rows, column, strict=True):
                     cells[row] = cell
@@ -126,42 +150,36 @@ class Pass:
 
     def close(self) -> None:
         """End the worker threads; calls that have not begun are dropped."""
-        if self._lanes is not None:
-            self._lanes.close()
+        self._runner.close()
 
     def _sound(self, rows: Sequence[int]) -> list[int]:
         """Return the rows whose media are finite, and keep a record of the others."""
         broken = {row: field for row in rows if (field := self._media.broken_field(self.model, row)) is not None}
         for field in dict.fromkeys(broken.values()):
             samples = tuple(row for row in broken if broken[row] == field)
-            self._broken.append(
-                RewardFailure(self.names[0], samples, "not finite", f"NaN or infinite values in {field}")
-            )
+            self._broken.append(RewardFailure(self.name, samples, "not finite", f"NaN or infinite values in {field}"))
         return [row for row in rows if row not in broken]
 
     def _submit(self, rows: list[int]) -> None:
-        call = None if self._lanes is None else self._lanes.submit(lambda: self._ask(rows))
-        self._jobs.append((rows, call))
+        self._jobs.append((rows, self._runner.submit(Job(self.model, self._media, rows))))
 
-    def _answer(self, index: int) -> Answer | Exception:
-        _, call = self._jobs[index]
-        if call is None or self._lanes is None:
-            return self._answers[index]
+    def _answer(self, call: Call[Answer]) -> Answer | Exception:
         try:
-            return self._lanes.wait(call)
-        except Exception as error:  # as above: a failure is a value
+            return self._runner.wait(call)
+        except Exception as error:  # any user code may fail in any way: it is recorded with its samples
             return error
 
-    def _told(self, rows: Sequence[int], told: Mapping[int, Exception]) -> list[RewardFailure]:
-        """Return the failures that a reward told of single samples, one for each distinct reason."""
+    def _failures(self, rows: Sequence[int], answer: Answer | Exception) -> list[RewardFailure]:
+        """Return the failures of one call, one for each distinct reason."""
+        if isinstance(answer, Exception):
+            return [RewardFailure(self.name, tuple(rows), _kind(answer), str(answer))]
         reasons: dict[tuple[str, str], list[int]] = {}
-        for place, error in sorted(told.items()):
+        for place, error in sorted(answer.failures.items()):
             reasons.setdefault((_kind(error), str(error)), []).append(rows[place])
-        return [RewardFailure(self.names[0], tuple(bad), *reason) for reason, bad in reasons.items()]
-
-    def _ask(self, rows: Sequence[int]) -> Answer:
-        with torch.no_grad():
-            return read_output(self.model(**self._media.fields(self.model, rows)), len(rows))
+        for place in (~answer.scores.isfinite()).nonzero().flatten().tolist():
+            if place not in answer.failures:
+                reasons.setdefault(("not finite", "the reward is NaN or infinite"), []).append(rows[place])
+        return [RewardFailure(self.name, tuple(bad), *reason) for reason, bad in reasons.items()]
 
     def _by_group(self) -> list[list[int]]:
         groups: dict[int, list[int]] = {}
@@ -171,7 +189,7 @@ class Pass:
 
 
 def read_output(output: RewardModelOutput, expected: int) -> Answer:
-    """Return rewards, float32 `[expected]` on the CPU, extra info and failures after checking their form.
+    """Check the form of what a reward returned for `expected` samples, and bring it to the CPU.
 
     Raises:
         TypeError: The reward returned something else than a RewardModelOutput.
@@ -191,7 +209,21 @@ def read_output(output: RewardModelOutput, expected: int) -> Answer:
             raise WrongLength(f"extra_info[{key!r}] has {len(column)} values for {expected} samples")
     if strangers := [place for place in output.failures if not 0 <= place < expected]:
         raise WrongLength(f"failures names sample {strangers[0]} of {expected}")
-    return values, info, output.failures
+    return Answer(values, {key: [_plain(cell) for cell in column] for key, column in info.items()}, output.failures)
+
+
+def _valid(answer: Answer) -> Tensor:
+    """Return which scores count, bool `[B]`."""
+    valid = answer.scores.isfinite()
+    valid[list(answer.failures)] = False
+    return valid
+
+
+def _plain(cell: Any) -> Any:
+    """Return a tensor or numpy value as a number or lists of numbers, and anything else as it is."""
+    if isinstance(cell, Tensor):
+        return cell.detach().tolist()
+    return cell.tolist() if isinstance(cell, np.generic | np.ndarray) else cell
 
 
 def _kind(error: Exception) -> str:

@@ -76,6 +76,7 @@ class RationalReward(PointwiseRewardModel):
     """
 
     remote = True
+    times_itself = True
     packages = ("openai",)
     supported_aspects: ClassVar[tuple[str, ...]]
     default_rubric: ClassVar[str]

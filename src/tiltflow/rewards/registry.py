@@ -74,39 +74,38 @@ def reward_class(name: str) -> type[RewardModel]:
     return found
 
 
-def check_reward(arguments: RewardArguments) -> type[RewardModel]:
+def check_reward(arguments: RewardArguments, *, provided: Sequence[str] = FIELDS) -> type[RewardModel]:
     """Return the reward's class after checking its options and fields, before any model is loaded.
 
+    Args:
+        arguments: The reward's entry.
+        provided: The fields that its samples will have.
+
     Raises:
-        RewardError: An option is unknown or wrong, or a required field does not exist.
+        RewardError: An option is unknown or wrong, or a required field does not exist or is not provided.
     """
     cls = reward_class(arguments.reward_model)
     try:
         cls.Options.model_validate(dict(arguments.options))
     except ValidationError as error:
         raise RewardError(_options_message(arguments, cls, error)) from error
+    if arguments.timeout is not None and not arguments.async_reward and not cls.times_itself:
+        raise RewardError(
+            f"reward {arguments.name!r}: timeout={arguments.timeout:g} needs async_reward: true; a call in the main "
+            "thread cannot be given up"
+        )
     unknown = [name for name in cls.required_fields if name not in FIELDS]
     if unknown:
         raise RewardError(
             f"reward {arguments.name!r}: required_fields names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}"
         )
-    return cls
-
-
-def check_provided(arguments: RewardArguments) -> None:
-    """Check that a reward requires nothing that samples made from prompts lack, before any model is loaded.
-
-    A reward that requires more can be built all the same, and be given the fields by `Scoring.add`.
-
-    Raises:
-        RewardError: It does; or there is no such reward.
-    """
-    absent = [name for name in reward_class(arguments.reward_model).required_fields if name not in PROVIDED_FIELDS]
+    absent = [name for name in cls.required_fields if name not in provided]
     if absent:
         raise RewardError(
-            f"reward {arguments.name!r} requires {absent[0]!r}, which the samples of this version do not have; they "
-            f"have: {', '.join(PROVIDED_FIELDS)}"
+            f"reward {arguments.name!r} requires {absent[0]!r}, which these samples do not have; they have: "
+            f"{', '.join(provided)}"
         )
+    return cls
 
 
 def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt], *, source: str) -> None:
@@ -119,12 +118,11 @@ def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt],
 
     Raises:
         RewardError: A reward requires metadata that a prompt does not have or a field that no sample has, or finds
-            fault with a prompt; or there is no such reward.
+            fault with a prompt; or as `check_reward`.
     """
     bare = [prompt.text for prompt in prompts if not prompt.metadata]
     for reward in rewards:
-        check_provided(reward)
-        cls = reward_class(reward.reward_model)
+        cls = check_reward(reward, provided=PROVIDED_FIELDS)
         if "metadata" in cls.required_fields and bare:
             raise RewardError(
                 f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "
@@ -194,6 +192,31 @@ def identity(arguments: RewardArguments) -> str:
     """Return a key that is equal for entries which one model and one pass can serve."""
     same = arguments.model_dump(exclude=_NOT_IDENTITY)
     return json.dumps(same, sort_keys=True, default=str)
+
+
+def shared_entries(rewards: Sequence[RewardArguments]) -> dict[str, RewardArguments]:
+    """Return one entry for each distinct reward, under its `identity`, that serves all entries which share it.
+
+    It takes their largest batch size and number of workers, is asynchronous if one is, waits as long as the most
+    patient one, and is as strict about failures as the strictest.
+    """
+    groups: dict[str, list[RewardArguments]] = {}
+    for reward in rewards:
+        groups.setdefault(identity(reward), []).append(reward)
+    return {key: _merged(entries) for key, entries in groups.items()}
+
+
+def _merged(entries: Sequence[RewardArguments]) -> RewardArguments:
+    timeouts = [entry.timeout for entry in entries]
+    strictest = min(entries, key=lambda entry: ("raise", None, "mask").index(entry.on_error))
+    return strictest.model_copy(
+        update={
+            "batch_size": max(entry.batch_size for entry in entries),
+            "async_reward": any(entry.async_reward for entry in entries),
+            "num_workers": max(entry.num_workers for entry in entries),
+            "timeout": None if None in timeouts else max(timeout for timeout in timeouts if timeout is not None),
+        }
+    )
 
 
 def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: ValidationError) -> str:

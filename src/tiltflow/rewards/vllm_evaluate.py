@@ -72,6 +72,7 @@ class VllmEvaluateReward(PointwiseRewardModel):
 
     required_fields = ("prompt", "image")
     remote = True
+    times_itself = True
     Options = VllmEvaluateOptions
     packages = ("openai",)
 
