@@ -72,7 +72,7 @@ def test_edited_images_end_to_end(judge: JudgeServer) -> None:
     judge.behave(reply=answer(text=4, image=1, physical=BRIGHTNESS, rendering=2))
     engine = RewardEngine([entry("edit", "rational_rewards_edit", options={"api_base_url": judge.url})])
     red, blue, grey = (
-        torch.tensor(colour)[:, None, None].expand(3, 4, 4) for colour in ([1, 0, 0], [0, 0, 1.0], [0.2] * 3)
+        torch.tensor(colour)[:, None, None].expand(3, 4, 4) for colour in ([1.0, 0, 0], [0, 0, 1.0], [0.2] * 3)
     )
     with engine.begin() as scoring:
         scoring.add([Prompt("make it grey")], [0], images=[grey], condition_images=[[red, blue]])

@@ -60,6 +60,11 @@ def labels(local: InProcess) -> dict[str, list[int]]:
     return {label: local.ids(words) for label, words in SPELLINGS.items()}
 
 
+def asking_for(tokens: dict[str, list[int]]) -> dict[str, Any]:
+    """Return the options that ask for labels directly, however improbable they are."""
+    return {"yes_token_ids": tokens["yes"], "no_token_ids": tokens["no"], "min_mass": 0.0}
+
+
 def reward_of(url: str, **options: Any) -> RewardModel:
     given = {"vlm_model": "tiny", "max_retries": 0, **options}
     return build_reward("vllm_evaluate", device="cpu", api_base_url=url, **given)
@@ -78,7 +83,7 @@ def test_label_tokens_asked_for_directly_give_the_model_s_own_probability(
 ) -> None:
     tokens = labels(local)
     options = {} if question is None else {"question": question}
-    reward = reward_of(judge.url, label_token_ids=tokens, min_mass=0.0, **options)
+    reward = reward_of(judge.url, **asking_for(tokens), **options)
     output = reward(prompt=PROMPTS, image=IMAGES)
     assert output.failures == {}
     asked = (
@@ -186,17 +191,15 @@ def test_a_reply_without_logprobs_is_a_failure(judge: JudgeServer) -> None:
 
 
 def test_labels_below_the_least_mass_are_a_failure(judge: JudgeServer, local: InProcess) -> None:
-    output = reward_of(judge.url, label_token_ids=labels(local), min_mass=0.9)(prompt=["p"], image=IMAGES[:1])
+    output = reward_of(judge.url, **asking_for(labels(local)) | {"min_mass": 0.9})(prompt=["p"], image=IMAGES[:1])
     assert "less than 0.9" in str(output.failures[0])
 
 
 def test_a_server_that_does_not_know_label_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, lambda body: completion({"Yes": -0.1, "No": -2.0}))
-    tokens = {"yes": [9], "no": [8]}
-    output = reward_of("http://judge.test/v1", label_token_ids=tokens)(prompt=["p"], image=IMAGES[:1])
-    assert "did not tell the log-probability of token 9 of label_token_ids but those of ['Yes', 'No']" in str(
-        output.failures[0]
-    )
+    tokens = asking_for({"yes": [9], "no": [8]})
+    output = reward_of("http://judge.test/v1", **tokens)(prompt=["p"], image=IMAGES[:1])
+    assert "did not tell the log-probability of token 9 but those of ['Yes', 'No']" in str(output.failures[0])
 
 
 def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: JudgeServer, local: InProcess) -> None:
@@ -205,8 +208,7 @@ def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: Judge
         "api_base_url": judge.url,
         "vlm_model": "tiny",
         "max_retries": 0,
-        "label_token_ids": labels(local),
-        "min_mass": 0,
+        **asking_for(labels(local)),
     }
     table = RewardEngine([entry("yes", "vllm_evaluate", options=options)]).score(batch([0.9, 0.05, 0.5, 0.1]))
     assert table.column("yes").isnan().tolist() == [False, True, False, True]
@@ -214,6 +216,15 @@ def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: Judge
     assert (failure.samples, failure.kind) == ((1, 3), "RewardError")
     assert "InternalServerError" in failure.message and "it was told to refuse" in failure.message
     assert [cell is None for cell in table.extra_info["yes"]["mass"]] == [False, True, False, True]
+
+
+def test_a_server_that_hangs_is_given_up_request_by_request(judge: JudgeServer, local: InProcess) -> None:
+    judge.behave(delay=1.0)
+    options = {"api_base_url": judge.url, "vlm_model": "tiny", "max_retries": 0, **asking_for(labels(local))}
+    engine = RewardEngine([entry("yes", "vllm_evaluate", timeout=0.2, options=options)])
+    (failure,) = engine.score(batch([0.2, 0.7])).failures
+    assert failure.samples == (0, 1)
+    assert "failed: APITimeoutError: Request timed out." in failure.message
 
 
 def test_a_server_that_dies_is_a_failure_and_the_next_call_succeeds_when_it_is_back() -> None:
@@ -242,7 +253,7 @@ def test_a_server_that_dies_is_a_failure_and_the_next_call_succeeds_when_it_is_b
 
 
 def test_recovery_with_the_model(judge: JudgeServer, local: InProcess) -> None:
-    reward = reward_of(judge.url, label_token_ids=labels(local), min_mass=0.0)
+    reward = reward_of(judge.url, **asking_for(labels(local)))
     judge.behave(status=503)
     assert rewards_of(reward(prompt=PROMPTS, image=IMAGES)).isnan().all()
     judge.behave()
@@ -254,7 +265,7 @@ def test_recovery_with_the_model(judge: JudgeServer, local: InProcess) -> None:
 
 
 def test_many_threads_share_one_bound_and_one_pool(judge: JudgeServer, local: InProcess) -> None:
-    reward = reward_of(judge.url, label_token_ids=labels(local), min_mass=0.0, max_concurrent=3, max_cache_size=0)
+    reward = reward_of(judge.url, **asking_for(labels(local)), max_concurrent=3, max_cache_size=0)
     expected = rewards_of(reward(prompt=PROMPTS, image=IMAGES))
     judge.behave(delay=0.02)
     outputs: list[torch.Tensor] = []
@@ -277,7 +288,7 @@ def test_many_threads_share_one_bound_and_one_pool(judge: JudgeServer, local: In
 
 
 def test_it_works_in_a_running_event_loop_more_than_once(judge: JudgeServer, local: InProcess) -> None:
-    reward = reward_of(judge.url, label_token_ids=labels(local), min_mass=0.0, max_concurrent=2, max_cache_size=0)
+    reward = reward_of(judge.url, **asking_for(labels(local)), max_concurrent=2, max_cache_size=0)
     expected = rewards_of(reward(prompt=PROMPTS, image=IMAGES))
 
     async def ask() -> list[torch.Tensor]:
@@ -291,8 +302,8 @@ def test_it_works_in_a_running_event_loop_more_than_once(judge: JudgeServer, loc
 
 
 def test_lanes_of_an_asynchronous_reward(judge: JudgeServer, local: InProcess) -> None:
-    judge.behave(delay=0.05)
-    options = {"api_base_url": judge.url, "vlm_model": "tiny", "label_token_ids": labels(local), "min_mass": 0}
+    judge.behave(delay=0.5)
+    options = {"api_base_url": judge.url, "vlm_model": "tiny", **asking_for(labels(local))}
     arguments = entry(
         "yes", "vllm_evaluate", batch_size=2, async_reward=True, num_workers=3, timeout=10, options=options
     )
@@ -304,7 +315,7 @@ def test_lanes_of_an_asynchronous_reward(judge: JudgeServer, local: InProcess) -
 
 def test_equal_images_in_flight_are_asked_once(judge: JudgeServer, local: InProcess) -> None:
     judge.behave(delay=0.1)
-    reward = reward_of(judge.url, label_token_ids=labels(local), min_mass=0.0)
+    reward = reward_of(judge.url, **asking_for(labels(local)))
     output = reward(prompt=["p"] * 6, image=[IMAGES[0]] * 6)
     assert len(set(rewards_of(output).tolist())) == 1
     assert judge.asked()["requests"] == 1
@@ -326,9 +337,10 @@ def test_equal_images_in_flight_are_asked_once(judge: JudgeServer, local: InProc
         ({"question": "Is it }?"}, r"question: .*write \{\{ or \}\} for a brace"),
         ({"question": " "}, "question: .*it is empty; write the question to the judge"),
         ({"api_base_url": "localhost:8000"}, "api_base_url: .*must begin with http:// or https://"),
-        ({"label_token_ids": {"yes": [5], "no": [5]}}, "label_token_ids.no: .*yes and no must be different ids"),
-        ({"label_token_ids": {"yes": [5], "no": [-1]}}, "label_token_ids.no: .*none of them negative"),
-        ({"label_token_ids": {"yes": [5]}}, "label_token_ids.no: Field required"),
+        ({"yes_token_ids": [5], "no_token_ids": [5]}, "no_token_ids: .*yes and no must be different ids"),
+        ({"yes_token_ids": [5], "no_token_ids": [-1]}, "no_token_ids: .*none of them negative"),
+        ({"yes_token_ids": [5]}, "no_token_ids: .*give both yes_token_ids and no_token_ids, or neither"),
+        ({"no_token_ids": [5]}, "no_token_ids: .*give both yes_token_ids and no_token_ids, or neither"),
         ({"max_concurrent": 0}, "max_concurrent: Input should be greater than or equal to 1; got 0"),
         ({"min_mas": 0.1}, "unknown key 'min_mas'; did you mean 'min_mass'"),
     ],

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
@@ -21,7 +21,6 @@ from tiltflow.rewards.judge import (
     word_masses,
 )
 from tiltflow.rewards.wording import Wording, fill
-from tiltflow.types import Config
 
 DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
 DEFAULT_QUESTION: Final = (
@@ -31,24 +30,6 @@ DEFAULT_QUESTION: Final = (
 )
 YES, NO = "yes", "no"
 EXACT: Final = {"Yes": YES, "No": NO}
-
-
-class LabelTokens(Config):
-    """The ids of the tokens that mean yes and no in the judge's vocabulary.
-
-    Example: `LabelTokens(yes=(9454, 7414), no=(2753, 2308))`, "Yes", " Yes", "No" and " No" of some tokenizer.
-    """
-
-    yes: tuple[int, ...] = Field(min_length=1)
-    no: tuple[int, ...] = Field(min_length=1)
-
-    @field_validator("no")
-    @classmethod
-    def _check_disjoint(cls, value: tuple[int, ...], info: Any) -> tuple[int, ...]:
-        every = [*info.data.get("yes", ()), *value]
-        if len(set(every)) != len(every) or min(every) < 0:
-            raise ValueError("every token counts once: yes and no must be different ids, none of them negative")
-        return value
 
 
 class VllmEvaluateOptions(JudgeOptions):
@@ -61,7 +42,21 @@ class VllmEvaluateOptions(JudgeOptions):
     top_logprobs: int = Field(default=TOP_LOGPROBS, ge=1)  # tokens among which yes and no are looked for
     canonicalize: bool = True  # count spellings such as " yes" and "YES" too; false: "Yes" and "No" alone
     min_mass: float = Field(default=0.01, ge=0, le=1)  # of yes and no together, for an answer to count
-    label_token_ids: LabelTokens | None = None  # ask for these tokens directly, however improbable they are
+    # Ask for these tokens directly, however improbable they are. They are two options because a mapping of yes and no
+    # would have truth values for keys: so YAML reads the bare words.
+    yes_token_ids: tuple[int, ...] = ()
+    no_token_ids: tuple[int, ...] = Field(default=(), validate_default=True)
+
+    @field_validator("no_token_ids")
+    @classmethod
+    def _check_labels(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        yes: tuple[int, ...] = info.data.get("yes_token_ids", ())
+        if bool(yes) != bool(value):
+            raise ValueError("give both yes_token_ids and no_token_ids, or neither")
+        every = (*yes, *value)
+        if len(set(every)) != len(every) or min(every, default=0) < 0:
+            raise ValueError("every token counts once: yes and no must be different ids, none of them negative")
+        return value
 
 
 class VllmEvaluateReward(PointwiseRewardModel):
@@ -108,24 +103,23 @@ class VllmEvaluateReward(PointwiseRewardModel):
 
     def _rate(self, sample: tuple[str, Image.Image]) -> tuple[float, float]:
         prompt, image = sample
-        labels = self._own.label_token_ids
         return self._endpoint.first_token(
             [image, fill(self._own.question, prompt)],
             self._read,
             top_logprobs=self._own.top_logprobs,
-            token_ids=() if labels is None else (*labels.yes, *labels.no),
+            token_ids=(*self._own.yes_token_ids, *self._own.no_token_ids),
         )
 
     def _read(self, logprobs: Mapping[str, float]) -> tuple[float, float]:
         """Return the reward and the mass of both labels."""
-        labels = self._own.label_token_ids
-        if labels is not None:
-            masses = {YES: _mass_of_ids(logprobs, labels.yes), NO: _mass_of_ids(logprobs, labels.no)}
-        elif self._own.canonicalize:
+        own = self._own
+        if own.yes_token_ids:
+            masses = {YES: _mass_of_ids(logprobs, own.yes_token_ids), NO: _mass_of_ids(logprobs, own.no_token_ids)}
+        elif own.canonicalize:
             masses = word_masses(logprobs, (YES, NO))
         else:
             masses = {label: math.exp(logprobs[word]) if word in logprobs else 0.0 for word, label in EXACT.items()}
-        reward, _ = shares(masses, logprobs, min_mass=self._own.min_mass)
+        reward, _ = shares(masses, logprobs, min_mass=own.min_mass)
         return reward, sum(masses.values())
 
 
@@ -133,7 +127,7 @@ def _mass_of_ids(logprobs: Mapping[str, float], ids: Sequence[int]) -> float:
     absent = [token for token in ids if f"{TOKEN_ID}{token}" not in logprobs]
     if absent:
         raise RewardError(
-            f"the judge did not tell the log-probability of token {absent[0]} of label_token_ids but those of "
-            f"{list(logprobs)[:3]}; use a server that knows logprob_token_ids, or leave out label_token_ids"
+            f"the judge did not tell the log-probability of token {absent[0]} but those of {list(logprobs)[:3]}; use a "
+            "server that knows logprob_token_ids, or leave out yes_token_ids and no_token_ids"
         )
     return sum(math.exp(logprobs[f"{TOKEN_ID}{token}"]) for token in ids)
