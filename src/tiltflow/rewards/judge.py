@@ -230,7 +230,7 @@ def _part(part: Image.Image | str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     buffer = io.BytesIO()
-    part.save(buffer, format="PNG")
+    part.save(buffer, format="PNG", compress_level=1)  # level 6 takes twice as long for a tenth fewer bytes
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
