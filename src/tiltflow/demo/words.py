@@ -20,10 +20,13 @@ HELD_OUT_FRACTION: Final = 0.2
 TAGS: Final = {2: "two_letters", 3: "three_letters", 4: "four_letters"}
 
 SUPERSAMPLING: Final = 4
-BORDER: Final = 3.0  # pixels kept free at the image edge
-WIDTHS: Final = (0.7, 0.88)  # of the word, as a share of the image's width
-LARGEST_HEIGHT: Final = (18.0, 26.0)  # of capital letters, in pixels: short words would outgrow the image
-REFERENCE_POINTS: Final = 500  # large enough that whole pixels are exact proportions
+# Every letter has a place of its own, as on a board with four slots: what stands in one depends on one letter alone,
+# which is what a model of this size can learn in an hour.
+SLOTS: Final = 4
+SLOT_WIDTH: Final = 15.0  # pixels
+LETTER_WIDTH: Final = 13.0  # pixels at most; wider letters are condensed
+LETTER_HEIGHT: Final = 20.0  # of capital letters, in pixels
+SHIFT: Final = (1.0, 4.0)  # of the whole word to either side, across and down, in pixels
 PAPER: Final = (205, 245)  # each channel of the background
 INK: Final = (10, 70)  # each channel of the letters
 
@@ -53,10 +56,10 @@ def word_prompt(word: str) -> str:
 
 
 def draw_word(word: str, *, rng: np.random.Generator, size: int = IMAGE_SIZE) -> NDArray[np.uint8]:
-    """Draw one word, dark on light, with its size, place and colours left to chance.
+    """Draw one word, dark on light, with its exact place and its colours left to chance.
 
     Args:
-        word: Letters of ASCII.
+        word: At most four letters of ASCII.
         rng: Source of all randomness.
         size: Side of the square image in pixels.
 
@@ -64,17 +67,16 @@ def draw_word(word: str, *, rng: np.random.Generator, size: int = IMAGE_SIZE) ->
         RGB image, uint8 `[size, size, 3]`.
     """
     scale = size / IMAGE_SIZE * SUPERSAMPLING
-    unit = _font(REFERENCE_POINTS)
-    left, top, right, bottom = unit.getbbox(word)
-    wanted = rng.uniform(*WIDTHS) * IMAGE_SIZE, rng.uniform(*LARGEST_HEIGHT)  # width and height, whichever binds
-    points = REFERENCE_POINTS * scale * min(wanted[0] / (right - left), wanted[1] / (bottom - top))
-    font = _font(points)
-    left, top, right, bottom = font.getbbox(word)
-    side, border = size * SUPERSAMPLING, BORDER * scale
-    x, y = rng.uniform(border, side - border - (right - left)), rng.uniform(border, side - border - (bottom - top))
+    across, down = (rng.uniform(-shift, shift) for shift in SHIFT)
     paper, ink = (tuple(int(value) for value in rng.integers(low, high + 1, 3)) for low, high in (PAPER, INK))
+    side = size * SUPERSAMPLING
     canvas = Image.new("RGB", (side, side), paper)
-    ImageDraw.Draw(canvas).text((x - left, y - top), word, font=font, fill=ink)
+    first = (SLOTS - len(word)) // 2
+    y = (IMAGE_SIZE - LETTER_HEIGHT) / 2 + down
+    for place, letter in enumerate(word):
+        stencil = _letter(letter, round(LETTER_WIDTH * scale), round(LETTER_HEIGHT * scale))
+        centre = (IMAGE_SIZE - SLOTS * SLOT_WIDTH) / 2 + (first + place + 0.5) * SLOT_WIDTH + across
+        canvas.paste(ink, (round(centre * scale - stencil.width / 2), round(y * scale)), stencil)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
@@ -108,6 +110,13 @@ def _held_out() -> frozenset[str]:
     return frozenset(chosen)
 
 
-def _font(points: float) -> Any:
+@lru_cache(maxsize=64)
+def _letter(letter: str, width: int, height: int) -> Image.Image:
+    """Return a letter's stencil, of its own width or condensed to `width`, and scaled to `height`."""
     # The basic layout: the other one needs a library that is not on every machine, and would draw other pixels there.
-    return ImageFont.truetype(str(FONT_FILE), points, layout_engine=ImageFont.Layout.BASIC)
+    font: Any = ImageFont.truetype(str(FONT_FILE), 2 * height, layout_engine=ImageFont.Layout.BASIC)
+    left, top, right, bottom = font.getbbox(letter)
+    large = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(large).text((-left, -top), letter, font=font, fill=255)
+    natural = round(large.width * height / large.height)
+    return large.resize((min(width, natural), height), Image.Resampling.LANCZOS)
