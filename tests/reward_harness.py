@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class Case:
     tolerance: float = 0.0  # absolute: how much a score may depend on its batch
     bfloat16: float = 0.0  # absolute: how far bfloat16 may be from float32
     exempt: Mapping[str, str] = field(default_factory=dict[str, str])  # check -> why it does not apply
+    conditions: Callable[[int], Sequence[Tensor]] | None = None  # group -> its condition images, each [3, H, W]
+    arrange: Callable[[pytest.MonkeyPatch], object] | None = None  # what else must be so, such as a judge that answers
 
     def build(self, **changes: Any) -> RewardModel:
         """Build the reward, with other arguments if asked; its weights must have been written."""
@@ -69,7 +72,11 @@ def ask(case: Case, reward: RewardModel, samples: SampleBatch, *, batch_size: in
             if isinstance(module, ClipBackbone):
                 module.forget()
     arguments = reward.config.model_copy(update={"batch_size": batch_size, "on_error": "mask"})
-    return RewardEngine([arguments], factory=lambda _: reward).score(samples)
+    groups = samples.groups.tolist()
+    conditions = None if case.conditions is None else [case.conditions(group) for group in groups]
+    with RewardEngine([arguments], factory=lambda _: reward).begin() as scoring:
+        scoring.add(samples.prompts, groups, images=samples.images, condition_images=conditions)
+        return scoring.finish()
 
 
 def scores(case: Case, reward: RewardModel, rows: Sequence[int] | None = None, *, batch_size: int = 16) -> Tensor:
@@ -247,6 +254,8 @@ def in_the_other_form(reward: RewardModel) -> RewardModel:
     kind = GroupwiseRewardModel if isinstance(reward, GroupwiseRewardModel) else PointwiseRewardModel
 
     def call(self: RewardModel, prompt: Any = None, image: Any = None, **rest: Any) -> RewardModelOutput:
+        if "condition_images" in rest:
+            rest["condition_images"] = [[_converted(part) for part in parts] for parts in rest["condition_images"]]
         fields = {"prompt": prompt, "image": [_converted(item) for item in image], **rest}
         return reward(**{name: fields[name] for name in reward.required_fields})
 

@@ -1,7 +1,6 @@
 """A judge behind an endpoint whose answers are a function: the real client over a fake transport."""
 
 import base64
-import functools
 import io
 import json
 from collections.abc import Callable
@@ -33,11 +32,27 @@ def completion(tokens: dict[str, float] | None) -> dict[str, Any]:
     }
 
 
+def said(text: str, *, finish_reason: str = "stop") -> dict[str, Any]:
+    """Return an answer of this text, without log-probabilities."""
+    answer = completion(None)
+    answer["choices"][0] |= {"finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
+    return answer
+
+
+def sent_images(body: dict[str, Any]) -> list[Image.Image]:
+    """Return the images of a request."""
+    parts = [
+        part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+    ]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert all(url.startswith("data:image/png;base64,") for url in urls)
+    return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+
+
 def sent_image(body: dict[str, Any]) -> Image.Image:
-    """Return the image of a request."""
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    assert url.startswith("data:image/png;base64,")
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    """Return the only image of a request."""
+    (image,) = sent_images(body)
+    return image
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[Any]:
@@ -52,8 +67,12 @@ def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[Any]:
         status, body = reply if isinstance(reply, tuple) else (200, reply)
         if isinstance(body, str):
             return httpx.Response(status, text=body, headers={"content-type": "text/html"})
-        return httpx.Response(status, json=body)
+        return httpx.Response(status, text=json.dumps(body), headers={"content-type": "application/json"})
 
-    client = httpx.Client(transport=httpx.MockTransport(handle))
-    monkeypatch.setattr(openai, "OpenAI", functools.partial(openai.OpenAI, http_client=client))
+    real = openai.OpenAI
+
+    def client(**settings: Any) -> Any:
+        return real(http_client=httpx.Client(transport=httpx.MockTransport(handle)), **settings)
+
+    monkeypatch.setattr(openai, "OpenAI", client)
     return requests

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.judge_server import JudgeServer
 from tests.rewards.fake_judge import completion, sent_image, serve
 from tests.rewards.samples import batch, entry
 from tests.scorers.tiny_vlm import save_vlm
@@ -79,15 +80,41 @@ def test_an_answer_that_cannot_be_read_is_a_failure_and_never_a_score(monkeypatc
 
     serve(monkeypatch, answer)
     options = {"model": "a-judge", "base_url": URL}
-    rewards = [entry("deqa", "DeQAScore", batch_size=1, on_error="mask", options=options)]
-    table = RewardEngine(rewards).score(batch([0.0, 1.0]))
-    assert table.column("deqa").isnan().tolist() == [True, False]
+    table = RewardEngine([entry("deqa", "DeQAScore", options=options)]).score(batch([0.0, 1.0]))
+    assert table.column("deqa").isnan().tolist() == [True, False]  # of one batch: a failed image fails alone
+    assert table.extra_info["deqa"]["levels"][0] is None
     (failure,) = table.failures
     assert failure.samples == (0,)
     assert failure.kind == "RewardError"
     assert "the judge's first word is none of excellent, good, fair, poor, bad" in failure.message
     with pytest.raises(RewardError, match=r"failed on 1 samples, the first of prompt 'prompt 0'.*first word is none"):
-        RewardEngine([entry("deqa", "DeQAScore", batch_size=1, options=options)]).score(batch([0.0, 1.0]))
+        RewardEngine([entry("deqa", "DeQAScore", on_error="raise", options=options)]).score(batch([0.0, 1.0]))
+
+
+def test_only_with_an_endpoint_it_is_remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    serve(monkeypatch, by_brightness)
+    reward = build_reward_model(entry("d", "DeQAScore", timeout=5, options={"model": "a-judge", "base_url": URL}))
+    assert reward.remote and reward.times_itself
+    assert not build_reward("DeQAScore", device="cpu", model=str(save_vlm(tmp_path))).remote
+
+
+def test_a_real_server(judge: JudgeServer) -> None:
+    options = {"model": "tiny", "base_url": judge.url, "max_retries": 0, "min_mass": 0.0}
+    judge.behave(logprobs=False)
+    engine = RewardEngine([entry("deqa", "DeQAScore", options=options)])
+    (failure,) = engine.score(batch([0.2, 0.8])).failures
+    assert failure.samples == (0, 1) and "answered without log-probabilities" in failure.message
+    judge.behave()
+    (failure,) = engine.score(batch([0.2, 0.8])).failures[:1]
+    assert "the judge's first word is none of excellent, good, fair, poor, bad" in failure.message
+    assert judge.asked()["body"]["messages"] == [{"role": "user", "content": ONE_WORD}]
+
+
+def test_a_local_model_in_the_main_thread_has_no_timeout(tmp_path: Path) -> None:
+    arguments = entry("d", "DeQAScore", timeout=5, options={"model": str(save_vlm(tmp_path))})
+    with pytest.raises(RewardError, match="reward 'd': timeout=5 needs async_reward: true or base_url"):
+        build_reward_model(arguments)
+    assert not build_reward_model(arguments.model_copy(update={"async_reward": True})).times_itself
 
 
 def test_pickling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,6 +138,8 @@ def test_pickling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"model": "zhiyuanyou/DeQA-Score-Mix3"}, "cannot be used here: .*code that comes with weights.* is never run"),
         ({"model": "someone/absent-vlm"}, "the model someone/absent-vlm was not found; download it"),
         ({"model": "m", "max_concurrent": 2}, "max_concurrent is for an endpoint; give base_url, or leave it out"),
+        ({"model": "m", "cache_dir": "x"}, "cache_dir is for an endpoint; give base_url, or leave it out"),
+        ({"model": "m", "base_url": "localhost"}, "base_url: .*must begin with http:// or https://"),
         ({"model": "m", "base_url": URL, "prompt": "x"}, "prompt is for a local model; leave out prompt or base_url"),
     ],
 )

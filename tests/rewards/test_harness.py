@@ -1,5 +1,6 @@
 """Every built-in reward and three user-made ones through the harness, over tiny random weights."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageStat
 from torch import Tensor
 
 from tests.reward_harness import CHECKS, Case
+from tests.rewards.fake_judge import completion, said, sent_image, sent_images, serve
 from tests.rewards.samples import entry
 from tests.rewards.user_made import ContrastRank, NetworkTaste, TinyNetwork, Warmth
 from tests.scorers.tiny_clip import save_clip, tiny_model, to_open_clip
@@ -123,6 +126,41 @@ def write_detector(models: Path) -> None:
     save_tiny_clip(models / "clip")
 
 
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+def brightness(image: Image.Image) -> float:
+    """Return the mean of all channels, in [0, 1]."""
+    return sum(ImageStat.Stat(image).mean) / (3 * 255)
+
+
+def say_yes(patch: pytest.MonkeyPatch) -> None:
+    """Let a judge say yes the more readily, the brighter the image and the longer the question."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        asked = len(body["messages"][0]["content"][1]["text"])
+        yes = brightness(sent_image(body)) * asked / (asked + 100)
+        return completion({"Yes": math.log(yes), " no": math.log(1 - yes)})
+
+    serve(patch, answer)
+
+
+def rate(patch: pytest.MonkeyPatch) -> None:
+    """Let a judge rate the edited image by its brightness, and faithfulness to the source by that of the source."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        images = sent_images(body)
+        scores = {"Text Faithfulness": images[-1], "Image Faithfulness": images[0]}
+        return said("".join(f"{title}:\nScore: {1 + 3 * brightness(shown)}\n" for title, shown in scores.items()))
+
+    serve(patch, answer)
+
+
+def source_of(group: int) -> list[Tensor]:
+    """Return the source image of a group, and another condition image."""
+    return [torch.full((3, 8, 8), group * 25 / 255), torch.ones(3, 8, 8)]
+
+
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +191,12 @@ def of_pixels(name: str, reward_model: str, **fields: Any) -> Case:
     exempt = {"gradient": BYTES, "dtype": NO_DTYPE, "broken_network": NO_NETWORK}
     given: dict[str, Any] = {"prompts": TEXT_PROMPTS, "images": noise, "exempt": exempt, **fields}
     return Case(name, entry("r", reward_model, options=given.pop("options", {})), None, groups=GROUPS, **given)
+
+
+def of_judge(name: str, arrange: Callable[[pytest.MonkeyPatch], None], **fields: Any) -> Case:
+    """Return the case of a reward that asks a judge, who is asked anew each time."""
+    options = {"max_cache_size": 0, "max_retries": 0, **fields.pop("options", {})}
+    return of_pixels(name, name, arrange=arrange, options=options, **fields)
 
 
 CASES = [
@@ -194,6 +238,9 @@ CASES = [
         options={"workers": 1},
         exempt={"gradient": BYTES, "dtype": RAPIDOCR, "broken_network": RAPIDOCR},
     ),
+    of_judge("vllm_evaluate", say_yes, options={"question": "Is it {prompt}?"}),
+    of_judge("rational_rewards_t2i", rate),
+    of_judge("rational_rewards_edit", rate, conditions=source_of),
     of_pixels("user_pointwise", "tests.rewards.user_made.Warmth"),
     of_pixels("user_groupwise", "tests.rewards.user_made.ContrastRank"),
     Case(
@@ -231,6 +278,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "no_cache"))
         if found.write is not None:
             found.write(folder)
+        if found.arrange is not None:
+            found.arrange(patch)
         yield found
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,19 @@ from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, weigh_words
 
 SETTINGS = EndpointSettings(base_url="http://judge.test/v1", model="a-judge", max_retries=0)
 WORDS = ("good", "bad")
+IMAGE = Image.new("RGB", (4, 4))
+
+
+def first_token(settings: EndpointSettings, *content: Any, **options: Any) -> dict[str, float]:
+    return dict(ChatEndpoint(settings).first_token(content, lambda logprobs: logprobs, **options))
 
 
 def test_what_is_sent_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = serve(monkeypatch, lambda body: completion({" Good": -0.5, "bad": -2.0}))
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    endpoint = ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"}))
+    settings = SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"})
     image = Image.new("RGB", (5, 4), (10, 20, 30))
-    assert endpoint.first_token(image, "Good or bad?") == {" Good": -0.5, "bad": -2.0}
+    assert first_token(settings, image, "Good or bad?") == {" Good": -0.5, "bad": -2.0}
     (request,) = requests
     assert str(request.url) == "http://judge.test/v1/chat/completions"
     assert request.headers["authorization"] == "Bearer secret"
@@ -44,7 +50,7 @@ def test_what_is_sent_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_answer_can_be_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = serve(monkeypatch, lambda body: completion({"good": 0.0}))
-    ChatEndpoint(SETTINGS).first_token(Image.new("RGB", (4, 4)), "How is it?", answer="It is")
+    first_token(SETTINGS, IMAGE, "How is it?", answer="It is")
     body = json.loads(requests[0].content)
     assert body["messages"][1] == {"role": "assistant", "content": "It is"}
     assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
@@ -62,19 +68,20 @@ def test_an_answer_can_be_continued(monkeypatch: pytest.MonkeyPatch) -> None:
         (completion(None), "answered without log-probabilities"),
         (completion({}), "answered without log-probabilities"),
         ({**completion(None), "choices": []}, "answered without log-probabilities"),
+        ({**completion(None), "choices": [{"index": 0}]}, "answered with a malformed chat completion"),
+        (completion({"good": float("nan")}), "answered with a malformed chat completion: a log-probability is NaN"),
     ],
 )
 def test_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, reply: Any, message: str) -> None:
     serve(monkeypatch, lambda body: reply)
     with pytest.raises(RewardError, match=message):
-        ChatEndpoint(SETTINGS).first_token(Image.new("RGB", (4, 4)), "?")
+        first_token(SETTINGS, IMAGE, "?")
 
 
 def test_a_passing_failure_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     replies = iter([(500, {}), completion({"good": 0.0})])
     requests = serve(monkeypatch, lambda body: next(replies))
-    endpoint = ChatEndpoint(SETTINGS.model_copy(update={"max_retries": 1}))
-    assert endpoint.first_token(Image.new("RGB", (4, 4)), "?") == {"good": 0.0}
+    assert first_token(SETTINGS.model_copy(update={"max_retries": 1}), IMAGE, "?") == {"good": 0.0}
     assert len(requests) == 2
 
 
@@ -83,7 +90,7 @@ def test_pickling_keeps_the_settings_and_no_key(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("JUDGE_KEY", "secret")
     text = pickle.dumps(ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"})))
     assert b"secret" not in text
-    assert pickle.loads(text).first_token(Image.new("RGB", (4, 4)), "?") == {"good": 0.0}
+    assert pickle.loads(text).first_token([IMAGE, "?"], dict) == {"good": 0.0}
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -100,6 +107,53 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(RewardError, match=r"base_url='http://x/v1' needs the package openai: .*'tiltflow\[judge\]'"):
         build_reward("DeQAScore", device="cpu", model="m", base_url="http://x/v1")
+
+
+def test_two_keys_are_one_too_many() -> None:
+    pytest.importorskip("openai")
+    with pytest.raises(RewardError, match="api_key and api_key_env='JUDGE_KEY' are both given; leave one out"):
+        ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY", "api_key": "k"}))
+
+
+def test_minus_infinity_is_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, lambda body: completion({"good": -0.1, "bad": -9999.0}))
+    assert weigh_words(first_token(SETTINGS, IMAGE, "?"), WORDS, min_mass=0.01) == [1.0, 0.0]
+
+
+def test_label_tokens_and_other_keys_are_sent_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = serve(monkeypatch, lambda body: completion({"token_id:7": -0.1}))
+    settings = SETTINGS.model_copy(update={"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}})
+    assert first_token(settings, IMAGE, "?", token_ids=(7, 8)) == {"token_id:7": -0.1}
+    body = json.loads(requests[0].content)
+    assert body["logprob_token_ids"] == [7, 8] and body["return_tokens_as_token_ids"] is True
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": "b"}, {"extra_body": {"seed": 3}}, {"api_key": "k"}, {"base_url": "http://other.test/v1"}]
+)
+def test_what_is_kept_on_disk_belongs_to_the_request_and_not_to_the_endpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    requests = serve(monkeypatch, lambda body: completion({"good": -0.1}))
+    settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path / "replies")})
+    for _ in range(2):
+        first_token(settings, IMAGE, "?")
+    assert len(requests) == 1
+    first_token(settings, Image.new("RGB", (4, 4), "red"), "?")
+    assert len(requests) == 2
+    first_token(settings.model_copy(update=change), IMAGE, "?")
+    assert len(requests) == (2 if {"api_key", "base_url"} & set(change) else 3)
+    assert all("secret" not in path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_the_connections_close_with_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, lambda body: completion({"good": -0.1}))
+    endpoint = ChatEndpoint(SETTINGS)
+    client = endpoint._client
+    assert not client.is_closed()
+    del endpoint
+    assert client.is_closed()
 
 
 def test_words_are_weighed_among_themselves_and_spellings_together() -> None:

@@ -149,7 +149,8 @@ def test_a_reward_knows_its_config_device_and_dtype() -> None:
 
 def test_built_in_geneval() -> None:
     builtins = (
-        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank"
+        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank "
+        "rational_rewards_edit rational_rewards_t2i vllm_evaluate"
     )
     assert sorted(REWARDS) == builtins.split()
     assert reward_class("Geneval") is GenevalReward

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 
 FIELDS = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
-PROVIDED_FIELDS = ("prompt", "image", "metadata")  # those that the samples of this version have
+PROVIDED_FIELDS = ("prompt", "image", "metadata")  # those that samples made from prompts have
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -1,17 +1,17 @@
 """DeQAScore: technical image quality between 1 and 5, by a local vision-language model or one behind an endpoint."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
-from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, weigh_words
+from tiltflow.rewards.crowd import do_all
+from tiltflow.rewards.judge import ChatEndpoint, EndpointOptions, EndpointSettings, Url, weigh_words
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.deqa import (
     ANSWER,
@@ -23,23 +23,19 @@ from tiltflow.scorers.deqa import (
     pad_to_square,
 )
 from tiltflow.scorers.preprocess import CLIP_MEAN
-from tiltflow.types import Config
 
 ONE_WORD: Final = f"{QUESTION} Answer with one word: {', '.join(LEVELS[:-1])} or {LEVELS[-1]}."
 PUBLISHED: Final = "DeQA-Score"  # how the names of the published weights begin
-ENDPOINT_OPTIONS: Final = ("api_key_env", "max_retries", "max_concurrent", "continue_answer", "min_mass")
+ENDPOINT_OPTIONS: Final = (*EndpointOptions.model_fields, "continue_answer", "min_mass")
 DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
 
 
-class DeQAOptions(Config):
+class DeQAOptions(EndpointOptions):
     """Options of DeQAScore: `model` alone for a local model, with `base_url` for one behind an endpoint."""
 
     model: str | None = None  # local: a folder, or a hub repository in the cache; else its name at the endpoint
     prompt: str | None = None  # local: the whole text before the quality word, for a model without chat template
-    base_url: str | None = None  # such as http://localhost:8000/v1
-    api_key_env: str | None = None  # the environment variable that holds the key
-    max_retries: int = Field(default=3, ge=0)
-    max_concurrent: int = Field(default=8, ge=1)  # requests at once
+    base_url: Url | None = None  # such as http://localhost:8000/v1
     continue_answer: bool = False  # let the model continue the answer as the local one does: vLLM and SGLang can
     min_mass: float = Field(default=0.01, ge=0, le=1)  # the five words' least probability for an answer to count
 
@@ -51,6 +47,7 @@ class DeQAReward(PointwiseRewardModel):
     """
 
     required_fields = ("image",)
+    times_itself = True  # with an endpoint; the constructor unsays it for a local model
     Options = DeQAOptions
 
     @classmethod
@@ -73,6 +70,7 @@ class DeQAReward(PointwiseRewardModel):
                 f"cache, or one behind base_url; {REMOTE_CODE}"
             )
         self._judge: DeQAScorer | _RemoteJudge
+        self.remote = self.times_itself = options.base_url is not None
         if options.base_url is None:
             self._judge = self._local_judge(options.model, options)
         else:
@@ -87,11 +85,22 @@ class DeQAReward(PointwiseRewardModel):
         condition_images: Any = None,
         condition_videos: Any = None,
     ) -> RewardModelOutput:
-        """Score PIL images."""
-        probabilities = self._judge.rate(image)
-        return RewardModelOutput(expected_level(probabilities), {"levels": probabilities.tolist()})
+        """Score PIL images; what a model behind an endpoint does not answer is a failure of that image alone."""
+        if isinstance(self._judge, DeQAScorer):
+            probabilities = self._judge.rate(image)
+            return RewardModelOutput(expected_level(probabilities), {"levels": probabilities.tolist()})
+        done = do_all(self._judge.rate, image, at_once=self._judge.options.max_concurrent)
+        none = [math.nan] * len(LEVELS)
+        rows = torch.tensor([none if row is None else row for row in done.results], dtype=torch.float32)
+        rewards = expected_level(rows.view(len(done.results), len(LEVELS)))
+        return RewardModelOutput(rewards, {"levels": done.results}, done.failures)
 
     def _local_judge(self, model: str, options: DeQAOptions) -> DeQAScorer:
+        if self.config.timeout is not None and not self.config.async_reward:
+            raise RewardError(
+                f"reward {self.config.name!r}: timeout={self.config.timeout:g} needs async_reward: true or base_url; a "
+                "call of a local model in the main thread cannot be given up"
+            )
         idle = sorted(options.model_fields_set.intersection(ENDPOINT_OPTIONS))
         if idle:
             raise RewardError(
@@ -105,38 +114,30 @@ class DeQAReward(PointwiseRewardModel):
     def _remote_judge(self, model: str, base_url: str, options: DeQAOptions) -> "_RemoteJudge":
         if options.prompt is not None:
             raise RewardError(f"reward {self.config.name!r}: prompt is for a local model; leave out prompt or base_url")
-        settings = EndpointSettings(
-            base_url=base_url,
-            model=model,
-            api_key_env=options.api_key_env,
-            timeout=self.config.timeout or DEFAULT_TIMEOUT,
-            max_retries=options.max_retries,
+        settings = EndpointSettings.of(
+            options, base_url=base_url, model=model, timeout=self.config.timeout or DEFAULT_TIMEOUT
         )
         return _RemoteJudge(ChatEndpoint(settings), options)
 
 
 class _RemoteJudge:
-    """A model behind an endpoint, asked about several images at once."""
+    """A model behind an endpoint."""
 
     def __init__(self, endpoint: ChatEndpoint, options: DeQAOptions):
         self.endpoint = endpoint
         self.options = options
 
-    def rate(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the probabilities of the five words, `[B, 5]`.
+    def rate(self, image: Image.Image) -> list[float]:
+        """Return the probabilities of the five words.
 
         Raises:
-            RewardError: One image could not be rated; nothing is said about the others then.
+            RewardError: The model cannot be asked, or answers something else.
         """
-        with ThreadPoolExecutor(self.options.max_concurrent) as pool:
-            rows = list(pool.map(self._rate_one, images))
-        return torch.tensor(rows, dtype=torch.float32).view(len(rows), len(LEVELS))
-
-    def _rate_one(self, image: Image.Image) -> list[float]:
         red, green, blue = (int(255 * value) for value in CLIP_MEAN)
         square = pad_to_square(image.convert("RGB"), (red, green, blue))
         if self.options.continue_answer:
-            logprobs = self.endpoint.first_token(square, QUESTION, answer=ANSWER)
-        else:
-            logprobs = self.endpoint.first_token(square, ONE_WORD)
+            return self.endpoint.first_token([square, QUESTION], self._weigh, answer=ANSWER)
+        return self.endpoint.first_token([square, ONE_WORD], self._weigh)
+
+    def _weigh(self, logprobs: Mapping[str, float]) -> list[float]:
         return weigh_words(logprobs, LEVELS, min_mass=self.options.min_mass)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from tiltflow.errors import RewardError, TiltflowError
 from tiltflow.rewards.base import (
     FIELDS,
+    PROVIDED_FIELDS,
     GroupwiseRewardModel,
     PointwiseRewardModel,
     RewardArguments,
@@ -30,6 +31,9 @@ REWARDS: Mapping[str, str] = {
     "OCR": "tiltflow.rewards.ocr:OCRReward",
     "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
     "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",
+    "rational_rewards_edit": "tiltflow.rewards.rational_rewards:RationalRewardEdit",
+    "rational_rewards_t2i": "tiltflow.rewards.rational_rewards:RationalRewardT2I",
+    "vllm_evaluate": "tiltflow.rewards.vllm_evaluate:VllmEvaluateReward",
 }
 
 
@@ -113,12 +117,12 @@ def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt],
         source: What the config calls the set.
 
     Raises:
-        RewardError: A reward requires metadata that a prompt does not have, or finds fault with a prompt; or there is
-            no such reward.
+        RewardError: A reward requires metadata that a prompt does not have or a field that no sample has, or finds
+            fault with a prompt; or as `check_reward`.
     """
     bare = [prompt.text for prompt in prompts if not prompt.metadata]
     for reward in rewards:
-        cls = reward_class(reward.reward_model)
+        cls = check_reward(reward, provided=PROVIDED_FIELDS)
         if "metadata" in cls.required_fields and bare:
             raise RewardError(
                 f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "

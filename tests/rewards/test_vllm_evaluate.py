@@ -1,0 +1,350 @@
+"""vllm_evaluate against a real model behind a real server: its probabilities, its failures, many callers at once."""
+
+import asyncio
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.judge_server import JudgeServer, judge_server
+from tests.rewards.fake_judge import completion, sent_image, serve
+from tests.rewards.samples import batch, entry
+from tiltflow.errors import RewardError
+from tiltflow.rewards import RewardEngine, RewardModel, RewardModelOutput, build_reward, check_reward
+from tiltflow.rewards.vllm_evaluate import DEFAULT_QUESTION
+from tiltflow.types import Prompt
+
+COLOURS = [(230, 30, 20), (20, 200, 60), (10, 20, 240), (240, 240, 240), (5, 5, 5)]
+IMAGES = [Image.new("RGB", (32, 24), colour) for colour in COLOURS]
+PROMPTS = [f"a cat of {index} {{colours}}" for index in range(5)]
+SPELLINGS = {"yes": ("Yes", " Yes", "yes", " yes"), "no": ("No", " No", "no", " no")}  # one token each
+
+
+class InProcess:
+    """The same model, asked without a server."""
+
+    def __init__(self, folder: Path):
+        from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        self.processor: Any = LlavaProcessor.from_pretrained(folder)
+
+    def ids(self, words: tuple[str, ...]) -> list[int]:
+        """Return the tokens of words that are one token each."""
+        encoded = [self.processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
+        assert {len(tokens) for tokens in encoded} == {1}
+        return [tokens[0] for tokens in encoded]
+
+    @torch.inference_mode()
+    def probabilities(self, image: Image.Image, question: str, *, bias: dict[int, float] | None = None) -> torch.Tensor:
+        """Return the probabilities of the first token of the answer, `[V]`."""
+        text = f"user: <image>\n{question}\nassistant: "
+        inputs = self.processor(text=[text], images=[image], return_tensors="pt")
+        logits = self.model(**inputs).logits[0, -1].double()
+        for token, value in (bias or {}).items():
+            logits[token] += value
+        return logits.softmax(0)
+
+
+@pytest.fixture(scope="module")
+def local(judge_folder: Path) -> InProcess:
+    return InProcess(judge_folder)
+
+
+def labels(local: InProcess) -> dict[str, list[int]]:
+    return {label: local.ids(words) for label, words in SPELLINGS.items()}
+
+
+def asking_for(tokens: dict[str, list[int]]) -> dict[str, Any]:
+    """Return the options that ask for labels directly, however improbable they are."""
+    return {"yes_token_ids": tokens["yes"], "no_token_ids": tokens["no"], "min_mass": 0.0}
+
+
+def reward_of(url: str, **options: Any) -> RewardModel:
+    given = {"vlm_model": "tiny", "max_retries": 0, **options}
+    return build_reward("vllm_evaluate", device="cpu", api_base_url=url, **given)
+
+
+def rewards_of(output: RewardModelOutput) -> torch.Tensor:
+    return torch.as_tensor(output.rewards)
+
+
+# --- what the reward is ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("question", [None, "A picture of {prompt}, {{really}}? Yes or No."])
+def test_label_tokens_asked_for_directly_give_the_model_s_own_probability(
+    judge: JudgeServer, local: InProcess, question: str | None
+) -> None:
+    tokens = labels(local)
+    options = {} if question is None else {"question": question}
+    reward = reward_of(judge.url, **asking_for(tokens), **options)
+    output = reward(prompt=PROMPTS, image=IMAGES)
+    assert output.failures == {}
+    asked = (
+        [DEFAULT_QUESTION] * 5 if question is None else [f"A picture of {p}, {{really}}? Yes or No." for p in PROMPTS]
+    )
+    for index in range(5):
+        probabilities = local.probabilities(IMAGES[index], asked[index])
+        yes, no = (probabilities[tokens[label]].sum().item() for label in ("yes", "no"))
+        assert rewards_of(output)[index].item() == pytest.approx(yes / (yes + no), abs=1e-5)
+        assert output.extra_info["mass"][index] == pytest.approx(yes + no, abs=1e-5)
+    assert rewards_of(output).std() > 0.005  # the model tells the images apart
+
+
+def test_yes_and_no_that_are_not_among_the_likeliest_are_a_failure(judge: JudgeServer, local: InProcess) -> None:
+    for image in IMAGES:
+        likeliest = set(local.probabilities(image, DEFAULT_QUESTION).topk(20).indices.tolist())
+        assert not likeliest & {token for ids in labels(local).values() for token in ids}
+    output = reward_of(judge.url, min_mass=0.0)(prompt=PROMPTS, image=IMAGES)
+    assert rewards_of(output).isnan().all()
+    assert sorted(output.failures) == [0, 1, 2, 3, 4]
+    assert "the judge's first word is none of yes, no: together they have probability 0" in str(output.failures[3])
+    assert output.extra_info == {"mass": [None] * 5}
+
+
+@pytest.mark.parametrize("canonicalize", [True, False])
+def test_spellings_count_together_or_not(judge: JudgeServer, local: InProcess, canonicalize: bool) -> None:
+    tokens = labels(local)
+    bias = {token: 9.0 for ids in tokens.values() for token in ids}  # into the twenty likeliest
+    body = {"logit_bias": {str(token): value for token, value in bias.items()}}
+    reward = reward_of(judge.url, canonicalize=canonicalize, min_mass=0.001, extra_body=body)
+    output = reward(prompt=PROMPTS, image=IMAGES)
+    assert output.failures == {}
+    counted = slice(None) if canonicalize else slice(1)
+    for index, image in enumerate(IMAGES):
+        probabilities = local.probabilities(image, DEFAULT_QUESTION, bias=bias)
+        yes, no = (probabilities[tokens[label][counted]].sum().item() for label in ("yes", "no"))
+        assert rewards_of(output)[index].item() == pytest.approx(yes / (yes + no), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ({"Yes": 0.5, " yes": 0.1, "YES": 0.1, "No": 0.3}, 0.7),
+        ({"▁Yes": 0.2, "Ġno\n": 0.6}, 0.25),
+        ({"Yes": 0.9, "Maybe": 0.1}, 1.0),
+        ({"No": 0.02, "I": 0.98}, 0.0),
+    ],
+)
+def test_the_formula(monkeypatch: pytest.MonkeyPatch, tokens: dict[str, float], expected: float) -> None:
+    serve(monkeypatch, lambda body: completion({token: math.log(p) for token, p in tokens.items()}))
+    output = reward_of("http://judge.test/v1")(prompt=["p"], image=IMAGES[:1])
+    assert rewards_of(output)[0].item() == pytest.approx(expected)
+
+
+def test_exact_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = {"Yes": math.log(0.1), " Yes": math.log(0.5), "No": math.log(0.3)}
+    serve(monkeypatch, lambda body: completion(tokens))
+    output = reward_of("http://judge.test/v1", canonicalize=False)(prompt=["p"], image=IMAGES[:1])
+    assert rewards_of(output)[0].item() == pytest.approx(0.25)
+    assert output.extra_info["mass"] == [pytest.approx(0.4)]
+
+
+def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = serve(monkeypatch, lambda body: completion({"Yes": -0.1}))
+    reward = build_reward("vllm_evaluate", device="cpu", question="Is it {prompt}?")
+    image = Image.new("RGB", (5, 4), (10, 20, 30))
+    assert rewards_of(reward(prompt=["{prompt} {x} {"], image=[image])).tolist() == [1.0]
+    body = json.loads(requests[0].content)
+    (message,) = body.pop("messages")
+    assert message["content"][1] == {"type": "text", "text": "Is it {prompt} {x} {?"}
+    assert body == {
+        "model": "Qwen3-VL",
+        "temperature": 0.0,
+        "max_completion_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    assert sent_image(json.loads(requests[0].content)).tobytes() == image.tobytes()
+    assert str(requests[0].url) == "http://localhost:8000/v1/chat/completions"
+    assert requests[0].headers["authorization"] == "Bearer EMPTY"
+
+
+def test_defaults() -> None:
+    options = build_reward("vllm_evaluate", device="cpu").options
+    assert (options.max_concurrent, options.max_retries, options.top_logprobs, options.max_cache_size) == (
+        100,
+        10,
+        20,
+        1024,
+    )
+    assert (options.api_base_url, options.api_key) == ("http://localhost:8000/v1", "EMPTY")
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reply_without_logprobs_is_a_failure(judge: JudgeServer) -> None:
+    judge.behave(logprobs=False)
+    output = reward_of(judge.url)(prompt=PROMPTS[:2], image=IMAGES[:2])
+    assert rewards_of(output).isnan().all()
+    assert {str(error) for error in output.failures.values()} == {
+        f"the judge 'tiny' at {judge.url} answered without log-probabilities; use a server and a model that give "
+        "top_logprobs"
+    }
+
+
+def test_labels_below_the_least_mass_are_a_failure(judge: JudgeServer, local: InProcess) -> None:
+    output = reward_of(judge.url, **asking_for(labels(local)) | {"min_mass": 0.9})(prompt=["p"], image=IMAGES[:1])
+    assert "less than 0.9" in str(output.failures[0])
+
+
+def test_a_server_that_does_not_know_label_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, lambda body: completion({"Yes": -0.1, "No": -2.0}))
+    tokens = asking_for({"yes": [9], "no": [8]})
+    output = reward_of("http://judge.test/v1", **tokens)(prompt=["p"], image=IMAGES[:1])
+    assert "did not tell the log-probability of token 9 but those of ['Yes', 'No']" in str(output.failures[0])
+
+
+def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: JudgeServer, local: InProcess) -> None:
+    judge.behave(status=500, darker_than=0.2)
+    options = {
+        "api_base_url": judge.url,
+        "vlm_model": "tiny",
+        "max_retries": 0,
+        **asking_for(labels(local)),
+    }
+    table = RewardEngine([entry("yes", "vllm_evaluate", options=options)]).score(batch([0.9, 0.05, 0.5, 0.1]))
+    assert table.column("yes").isnan().tolist() == [False, True, False, True]
+    (failure,) = table.failures
+    assert (failure.samples, failure.kind) == ((1, 3), "RewardError")
+    assert "InternalServerError" in failure.message and "it was told to refuse" in failure.message
+    assert [cell is None for cell in table.extra_info["yes"]["mass"]] == [False, True, False, True]
+
+
+def test_a_server_that_hangs_is_given_up_request_by_request(judge: JudgeServer, local: InProcess) -> None:
+    judge.behave(delay=1.0)
+    options = {"api_base_url": judge.url, "vlm_model": "tiny", "max_retries": 0, **asking_for(labels(local))}
+    engine = RewardEngine([entry("yes", "vllm_evaluate", timeout=0.2, options=options)])
+    (failure,) = engine.score(batch([0.2, 0.7])).failures
+    assert failure.samples == (0, 1)
+    assert "failed: APITimeoutError: Request timed out." in failure.message
+
+
+def test_a_server_that_dies_is_a_failure_and_the_next_call_succeeds_when_it_is_back() -> None:
+    with judge_server() as server:
+        reward = reward_of(server.url, max_retries=1, max_concurrent=2)
+        server.behave(reply="Yes", delay=30.0)
+        outputs: list[RewardModelOutput] = []
+        asking = threading.Thread(target=lambda: outputs.append(reward(prompt=PROMPTS, image=IMAGES)))
+        asking.start()
+        while server.asked()["now"] < 2:
+            pass
+        server.kill()
+        asking.join(timeout=30)
+        assert len(outputs) == 1
+        assert rewards_of(outputs[0]).isnan().all()
+        assert sorted(outputs[0].failures) == [0, 1, 2, 3, 4]
+        assert "failed: APIConnectionError: Connection error." in str(outputs[0].failures[4])
+        back = JudgeServer(None, server.port)
+        try:
+            # This server has no model: that it is reached shows in the other failure.
+            output = reward(prompt=PROMPTS, image=IMAGES)
+            assert all("answered without log-probabilities" in str(error) for error in output.failures.values())
+            assert back.asked()["requests"] == 5
+        finally:
+            back.close()
+
+
+def test_recovery_with_the_model(judge: JudgeServer, local: InProcess) -> None:
+    reward = reward_of(judge.url, **asking_for(labels(local)))
+    judge.behave(status=503)
+    assert rewards_of(reward(prompt=PROMPTS, image=IMAGES)).isnan().all()
+    judge.behave()
+    output = reward(prompt=PROMPTS, image=IMAGES)
+    assert output.failures == {} and not rewards_of(output).isnan().any()  # no failure was remembered
+
+
+# --- many callers ----------------------------------------------------------------------------------------------------
+
+
+def test_many_threads_share_one_bound_and_one_pool(judge: JudgeServer, local: InProcess) -> None:
+    reward = reward_of(judge.url, **asking_for(labels(local)), max_concurrent=3, max_cache_size=0)
+    expected = rewards_of(reward(prompt=PROMPTS, image=IMAGES))
+    judge.behave(delay=0.02)
+    outputs: list[torch.Tensor] = []
+
+    def ask(number: int) -> None:
+        images = [Image.new("RGB", (32, 24), (red, green, blue + number)) for red, green, blue in COLOURS]
+        outputs.append(rewards_of(reward(prompt=PROMPTS, image=images)))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    told = judge.asked()
+    assert told["requests"] == 40
+    assert 1 < told["most"] <= 3
+    assert len(outputs) == 8
+    for output in outputs:
+        torch.testing.assert_close(output, expected, atol=0.02, rtol=0)
+
+
+def test_it_works_in_a_running_event_loop_more_than_once(judge: JudgeServer, local: InProcess) -> None:
+    reward = reward_of(judge.url, **asking_for(labels(local)), max_concurrent=2, max_cache_size=0)
+    expected = rewards_of(reward(prompt=PROMPTS, image=IMAGES))
+
+    async def ask() -> list[torch.Tensor]:
+        here = reward(prompt=PROMPTS, image=IMAGES)  # holds the loop up
+        there = await asyncio.gather(*[asyncio.to_thread(reward, prompt=PROMPTS, image=IMAGES) for _ in range(3)])
+        return [rewards_of(output) for output in (here, *there)]
+
+    for _ in range(2):  # each with an event loop of its own
+        for found in asyncio.run(ask()):
+            assert torch.equal(found, expected)
+
+
+def test_lanes_of_an_asynchronous_reward(judge: JudgeServer, local: InProcess) -> None:
+    judge.behave(delay=0.5)
+    options = {"api_base_url": judge.url, "vlm_model": "tiny", **asking_for(labels(local))}
+    arguments = entry(
+        "yes", "vllm_evaluate", batch_size=2, async_reward=True, num_workers=3, timeout=10, options=options
+    )
+    prompts = [Prompt(f"prompt {index}") for index in range(6)]
+    table = RewardEngine([arguments]).score(batch([index / 8 for index in range(6)], prompts=prompts))
+    assert table.failures == ()
+    assert judge.asked()["most"] == 6  # three lanes of two images each
+
+
+def test_equal_images_in_flight_are_asked_once(judge: JudgeServer, local: InProcess) -> None:
+    judge.behave(delay=0.1)
+    reward = reward_of(judge.url, **asking_for(labels(local)))
+    output = reward(prompt=["p"] * 6, image=[IMAGES[0]] * 6)
+    assert len(set(rewards_of(output).tolist())) == 1
+    assert judge.asked()["requests"] == 1
+    reward(prompt=["p"], image=[IMAGES[0].copy()])
+    assert judge.asked()["requests"] == 1
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"question": "Is it {promt}?"}, r"question: .*\{promt\} stands for nothing; legal is \{prompt\}"),
+        ({"question": "Is it {prompt!r}?"}, r"\{prompt!r\} stands for nothing"),
+        ({"question": "Is it {prompt:>9}?"}, r"\{prompt:>9\} stands for nothing"),
+        ({"question": "Is it {}?"}, r"\{\} stands for nothing"),
+        ({"question": "Is it {?"}, r"question: .*write \{\{ or \}\} for a brace"),
+        ({"question": "Is it }?"}, r"question: .*write \{\{ or \}\} for a brace"),
+        ({"question": " "}, "question: .*it is empty; write the question to the judge"),
+        ({"api_base_url": "localhost:8000"}, "api_base_url: .*must begin with http:// or https://"),
+        ({"yes_token_ids": [5], "no_token_ids": [5]}, "no_token_ids: .*yes and no must be different ids"),
+        ({"yes_token_ids": [5], "no_token_ids": [-1]}, "no_token_ids: .*none of them negative"),
+        ({"yes_token_ids": [5]}, "no_token_ids: .*give both yes_token_ids and no_token_ids, or neither"),
+        ({"no_token_ids": [5]}, "no_token_ids: .*give both yes_token_ids and no_token_ids, or neither"),
+        ({"max_concurrent": 0}, "max_concurrent: Input should be greater than or equal to 1; got 0"),
+        ({"min_mas": 0.1}, "unknown key 'min_mas'; did you mean 'min_mass'"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=f"reward 'r': .*{message}" if "unknown" not in message else message):
+        check_reward(entry("r", "vllm_evaluate", options=options))
