@@ -1,7 +1,7 @@
-"""The packaged tiny model: stock classes, small enough for git, and good enough to be tilted."""
+"""The packaged tiny models: stock classes, small enough for git, and good enough to be tilted."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +12,18 @@ from tiltflow.commands import EMBEDDED_MODELS, run_evaluation
 from tiltflow.config import load_run_config
 from tiltflow.demo.prompts import all_prompts
 
-MODEL = EMBEDDED_MODELS["tiny_sd3"].folder
+NAMES = ("tiny_sd3", "tiny_words")
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL)
+def loaded(name: str) -> Any:
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(EMBEDDED_MODELS[name].folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pipe(request):
+    return loaded(request.param)
 
 
 def test_the_stock_pipeline_loads_it_with_the_real_classes(pipe):
@@ -30,20 +34,26 @@ def test_the_stock_pipeline_loads_it_with_the_real_classes(pipe):
     assert type(pipe.tokenizer) is CLIPTokenizer
 
 
-def test_it_is_small(pipe):
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_small(name):
+    pipe = loaded(name)
     modules = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
     assert sum(parameter.numel() for module in modules for parameter in module.parameters()) <= 8_000_000
-    assert sum(path.stat().st_size for path in Path(MODEL).rglob("*") if path.is_file()) <= 20_000_000
+    files = [path for path in EMBEDDED_MODELS[name].folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
 
 
-def test_its_card_records_seed_config_time_and_loss():
-    phases = json.loads((MODEL / "training.json").read_text())
+@pytest.mark.parametrize("name", NAMES)
+def test_its_card_records_seed_config_time_and_loss(name):
+    model = EMBEDDED_MODELS[name].folder
+    phases = json.loads((model / "training.json").read_text())
     assert all(phase["loss"] > 0 and phase["seconds"] > 0 and phase["config"]["seed"] >= 0 for phase in phases)
-    card = (MODEL / "README.md").read_text()
+    card = (model / "README.md").read_text()
     assert all(f"{phase['loss']:.4f}" in card for phase in phases)
 
 
-def test_every_caption_fits_and_every_word_is_one_token(pipe):
+def test_every_caption_fits_and_every_word_is_one_token():
+    pipe = loaded("tiny_sd3")
     for line in all_prompts():
         ids = pipe.tokenizer(line["prompt"]).input_ids
         assert len(ids) == len(line["prompt"].split()) + 2 <= pipe.tokenizer.model_max_length
