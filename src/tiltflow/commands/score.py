@@ -1,28 +1,24 @@
 """`tiltflow score`: image files, their prompts and rewards; a table on the screen and a row per image on the disk."""
 
-import csv
-import io
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from tiltflow.commands.score_files import PartFile, check_output, write_rows
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.data.images import ImageFile, find_images
-from tiltflow.errors import ConfigError, DataError
+from tiltflow.errors import ConfigError
 from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
 from tiltflow.runtime.distributed import Distributed
-from tiltflow.runtime.files import make_folder, write_atomically
+from tiltflow.runtime.files import make_folder
 from tiltflow.types import RewardTable
 
 CHUNK = 64  # images in memory, and rows between two writes
-FORMATS = (".jsonl", ".csv", ".parquet")
 _PLAIN = (bool, int, float, str)
 
 
@@ -47,16 +43,13 @@ def run_scoring(
         DataError: An image or prompt cannot be read, or the part file is of other images or rewards.
         RewardError: A reward cannot be built, or requires what the images do not have.
     """
-    if output.suffix not in FORMATS:
-        raise ConfigError(f"--output {output}: ends in {output.suffix!r}; write {', '.join(FORMATS)}")
+    check_output(output)
     arguments = _arguments(rewards, batch_size)
     files = find_images(images, prompts)
     if len(files) % group_size:
         raise ConfigError(f"--group_size {group_size} does not divide the {len(files)} images of {images!r}")
     check_prompts(arguments, [file.prompt for file in files], source=images)
-    if output.suffix == ".parquet":
-        _parquet()
-    part = _Part(output.with_name(f"{output.name}.part"), arguments, files)
+    part = PartFile(output.with_name(f"{output.name}.part"), arguments, files)
     rows = part.read()
     if len(rows) < len(files):
         accelerator = Distributed().accelerator
@@ -69,7 +62,7 @@ def run_scoring(
                 chunk = files[start : start + per_chunk]
                 rows += part.append(_score(engine, chunk, first_group=start // group_size, group_size=group_size))
                 bar.advance(task, len(chunk))
-    _write(output, rows)
+    write_rows(output, rows)
     part.remove()
     return rows
 
@@ -90,43 +83,6 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append((name, str(count), *numbers, str(len(rows) - count)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-class _Part:
-    """Rows that are already there, in a JSONL file whose first line says of what."""
-
-    def __init__(self, path: Path, rewards: Sequence[RewardArguments], files: Sequence[ImageFile]):
-        self._path = path
-        self._images = [str(file.path) for file in files]
-        self._head = {"rewards": [reward.model_dump(mode="json") for reward in rewards], "images": len(files)}
-
-    def read(self) -> list[Mapping[str, Any]]:
-        """Return the rows of an interrupted scoring; a half-written last line is dropped."""
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text(encoding="utf-8").split("\n")
-        complete = lines[:-1]  # the last one has no newline: it is empty, or was cut
-        try:
-            head, *rows = [json.loads(line) for line in complete]
-        except ValueError as error:
-            raise DataError(f"{self._path} is damaged ({error}); remove it to start afresh") from error
-        done = [row["image"] for row in rows]
-        if head != self._head or done != self._images[: len(done)]:
-            raise DataError(f"{self._path} is of other images or rewards; remove it, or choose another --output")
-        if lines[-1]:
-            write_atomically(self._path, "".join(f"{line}\n" for line in complete))
-        return rows
-
-    def append(self, rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Add rows to the file and return them."""
-        new = [] if self._path.exists() else [self._head]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in (*new, *rows)))
-        return rows
-
-    def remove(self) -> None:
-        """Remove the file: the rows are in the output now."""
-        self._path.unlink(missing_ok=True)
 
 
 def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]:
@@ -164,40 +120,3 @@ def _row(file: ImageFile, table: RewardTable, index: int) -> Mapping[str, Any]:
         "info": {name: cells for name, cells in info.items() if cells},
         "failures": failed,
     }
-
-
-def _write(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if output.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        write_atomically(output, text)
-        return
-    flat = [_flat(row) for row in rows]
-    keys = list(dict.fromkeys(key for row in flat for key in row))
-    buffer = io.BytesIO()
-    if output.suffix == ".csv":
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, keys, restval="")
-        writer.writeheader()
-        writer.writerows(flat)
-        buffer.write(text.getvalue().encode())
-    else:
-        arrow, parquet = _parquet()
-        parquet.write_table(arrow.table({key: [row.get(key) for row in flat] for key in keys}), buffer)
-    write_atomically(output, buffer.getvalue())
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as columns: `image`, `prompt`, a column per reward, `<reward>.<key>` and `<reward>.failure`."""
-    info = {f"{name}.{key}": value for name, cells in row["info"].items() for key, value in cells.items()}
-    failed = {f"{name}.failure": text for name, text in row["failures"].items()}
-    return {"image": row["image"], "prompt": row["prompt"], **row["scores"], **info, **failed}
-
-
-def _parquet() -> tuple[Any, Any]:
-    try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"a .parquet output needs the package pyarrow, which is not installed ({error}); install it with: "
-            "pip install 'tiltflow[parquet]', or write .jsonl or .csv"
-        ) from error

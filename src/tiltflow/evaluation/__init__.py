@@ -1,15 +1,9 @@
 """Checkpoint x prompts x rewards -> results with 95% intervals."""
 
 from tiltflow.evaluation.measure import EvaluationConfig, choose_prompts, evaluate, to_picture
-from tiltflow.evaluation.results import (
-    EvaluationResult,
-    EvaluationRow,
-    compare_table,
-    paired_difference,
-    summarise,
-    write_png,
-)
+from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, write_png
 from tiltflow.evaluation.statistics import Estimate, estimate, estimate_stratified
+from tiltflow.evaluation.summary import compare_table, paired_difference, summarise
 from tiltflow.evaluation.watch import HackingWatch, Sign, hacking_signs
 
 __all__ = [

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tiltflow.evaluation.results import EvaluationResult, paired_difference
+from tiltflow.evaluation.results import EvaluationResult
+from tiltflow.evaluation.summary import paired_difference
 
 
 @dataclass(frozen=True)
