@@ -21,6 +21,30 @@ class Brightness(PointwiseRewardModel):
         return RewardModelOutput(torch.stack([item[0].mean() for item in image]) * 10)
 
 
+class Redness(Brightness):
+    """Brightness that reads no prompt."""
+
+    required_fields = ("image",)
+
+    def __call__(self, prompt=None, image=None, **media: Any):
+        return super().__call__(prompt, image=image)
+
+
+class Talkative(Redness):
+    """Redness that tells something of every kind beside it."""
+
+    def __call__(self, prompt=None, image=None, **media: Any):
+        count = len(image)
+        told = {
+            "distance": [math.nan] * count,
+            "levels": [torch.tensor([0.25, 0.75])] * count,
+            "reasons": [["too dark", "too small"] if index % 2 else [] for index in range(count)],
+            "mixed": ["none" if index % 2 else index for index in range(count)],
+            "boxes": [{"star": [1, 2]}] * count,
+        }
+        return RewardModelOutput(super().__call__(image=image).rewards, told)
+
+
 class Rising(Brightness):
     """Grows with every call, whatever the images."""
 

@@ -92,6 +92,32 @@ def test_csv_and_several_rewards(images: Path, tmp_path: Path) -> None:
     assert float(rows[4]["Brightness"]) == pytest.approx(7.843137, abs=1e-5)
 
 
+TALKATIVE = "tests.rewards_for_tests.Talkative"
+
+
+def test_what_a_reward_tells_is_written_whole(images: Path, tmp_path: Path) -> None:
+    first, second, *_ = rows_of(score(tmp_path, "--rewards", TALKATIVE, "--images", images))
+    told = {"distance": None, "levels": [0.25, 0.75], "reasons": [], "mixed": 0, "boxes": {"star": [1, 2]}}
+    assert first["info"]["Talkative"] == told  # NaN, which JSON does not know, is null
+    assert second["info"]["Talkative"] == {**told, "reasons": ["too dark", "too small"], "mixed": "none"}
+
+
+def test_lists_are_joined_in_csv(images: Path, tmp_path: Path) -> None:
+    with score(tmp_path, "--rewards", TALKATIVE, "--images", images, output="s.csv").open(newline="") as file:
+        _, row, *_ = csv.DictReader(file)
+    assert (row["Talkative.levels"], row["Talkative.reasons"]) == ("0.25; 0.75", "too dark; too small")
+    assert (row["Talkative.distance"], row["Talkative.boxes"]) == ("", '{"star": [1, 2]}')
+
+
+def test_lists_are_lists_in_parquet(images: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, the extra 'parquet', is not installed")
+    table = parquet.read_table(score(tmp_path, "--rewards", TALKATIVE, "--images", images, output="s.parquet"))
+    columns = {name.removeprefix("Talkative."): table.column(name).to_pylist() for name in table.column_names}
+    assert columns["levels"][1] == [0.25, 0.75] and columns["reasons"][:2] == [[], ["too dark", "too small"]]
+    assert columns["mixed"][:2] == ["0", "none"] and columns["boxes"][0] == '{"star": [1, 2]}'
+    assert columns["distance"] == [None] * 5
+
+
 def test_parquet(images: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, the extra 'parquet', is not installed")
     path = score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="s.parquet")

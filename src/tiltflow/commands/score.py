@@ -16,10 +16,10 @@ from tiltflow.errors import ConfigError
 from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
+from tiltflow.runtime.plain import finite_or_none, plain
 from tiltflow.types import RewardTable
 
 CHUNK = 64  # images in memory, and rows between two writes
-_PLAIN = (bool, int, float, str)
 
 
 def run_scoring(
@@ -110,13 +110,13 @@ def _row(file: ImageFile, table: RewardTable, index: int) -> Mapping[str, Any]:
     scores = {name: table.scores[index, column].item() for column, name in enumerate(table.names)}
     failed = {f.reward: f"{f.kind}: {f.message}" for f in table.failures if index in f.samples}
     info = {
-        name: {key: cells[index] for key, cells in columns.items() if isinstance(cells[index], _PLAIN)}
+        name: {key: plain(cells[index]) for key, cells in columns.items() if cells[index] is not None}
         for name, columns in table.extra_info.items()
     }
     return {
         "image": str(file.path),
         "prompt": file.prompt.text,
-        "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
+        "scores": {name: finite_or_none(value) for name, value in scores.items()},
         "info": {name: cells for name, cells in info.items() if cells},
         "failures": failed,
     }

@@ -82,11 +82,12 @@ def write_rows(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, keys, restval="")
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in flat)
         buffer.write(text.getvalue().encode())
     else:
         arrow, parquet = _parquet()
-        parquet.write_table(arrow.table({key: [row.get(key) for row in flat] for key in keys}), buffer)
+        columns = {key: _column(arrow, [row.get(key) for row in flat]) for key in keys}
+        parquet.write_table(arrow.table(columns), buffer)
     write_atomically(output, buffer.getvalue())
 
 
@@ -95,6 +96,23 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     info = {f"{name}.{key}": value for name, cells in row["info"].items() for key, value in cells.items()}
     failed = {f"{name}.failure": text for name, text in row["failures"].items()}
     return {"image": row["image"], "prompt": row["prompt"], **row["scores"], **info, **failed}
+
+
+def _cell(value: Any) -> Any:
+    """Return a value for a cell of text: a list joined with "; ", a mapping as JSON."""
+    if isinstance(value, list):
+        return "; ".join(str(_cell(item)) for item in value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+def _column(arrow: Any, values: Sequence[Any]) -> Any:
+    """Return values as a Parquet column: numbers, texts or lists of one kind as they are, a mixture as text."""
+    if not any(isinstance(value, dict) for value in values):  # Parquet knows no mapping without keys
+        try:
+            return arrow.array(values)
+        except (arrow.ArrowInvalid, arrow.ArrowTypeError, OverflowError):  # what a reward tells may be of any kind
+            pass
+    return arrow.array([None if value is None else str(_cell(value)) for value in values])
 
 
 def _parquet() -> tuple[Any, Any]:
