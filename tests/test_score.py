@@ -13,8 +13,10 @@ from PIL import Image
 from tiltflow import cli
 from tiltflow.commands import score as score_module
 from tiltflow.data.images import find_images
+from tiltflow.rewards import RewardModelOutput
 
 BRIGHTNESS = "tests.rewards_for_tests.Brightness"
+REDNESS = "tests.rewards_for_tests.Redness"  # reads no prompt
 
 
 @pytest.fixture
@@ -160,22 +162,87 @@ def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: 
     assert not part.exists()
 
 
+LINES = [{"image": f"images/{index}.png", "prompt": f"prompt {index}", "tag": index} for index in range(4)]
+
+
+def interrupted(tmp_path: Path, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **options: str) -> int:
+    """Score the images of some lines, two at a time, as far as the third; or go on, if that happened before."""
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = {"--rewards": BRIGHTNESS, "--images": str(tmp_path / "list.jsonl"), "--group_size": "2", **options}
+    monkeypatch.setattr(score_module, "CHUNK", 2)
+    monkeypatch.setattr("tests.rewards_for_tests.Brightness.__call__", stop_at_the_third())
+    return cli.main(
+        ["score", *(word for pair in words.items() for word in pair), "--output", str(tmp_path / "s.jsonl")]
+    )
+
+
+def stop_at_the_third() -> Any:
+    seen: list[str] = []
+
+    def call(self: Any, prompt: list[str], image: Any = None) -> RewardModelOutput:
+        seen.extend(prompt)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+        return RewardModelOutput([0.5] * len(prompt))
+
+    return call
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "differing"),
     [
-        (["--rewards", "tests.rewards_for_tests.AllNaN"], "is of other images or rewards; remove it"),
-        (["--images", "IMAGES/*[0-3].png"], "is of other images or rewards; remove it"),
+        ({"prompt": "another"}, "other prompts;"),
+        ({"tag": "another"}, "other metadata;"),
+        ({"image": "images/4.png"}, "other images;"),
+        ({"--group_size": "1"}, "other group_size;"),
+        ({"--batch_size": "4"}, "other rewards;"),
+        ({"--rewards": REDNESS}, "other rewards;"),
     ],
 )
-def test_a_part_file_of_something_else_is_refused(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+def test_a_part_file_of_another_scoring_says_what_differs(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    differing: str,
 ) -> None:
-    head = {"rewards": [], "images": 5}
-    (tmp_path / "s.jsonl.part").write_text(json.dumps(head) + "\n")
-    options = {"--rewards": BRIGHTNESS, "--images": str(images), change[0]: change[1].replace("IMAGES", str(images))}
-    words = [word for pair in options.items() for word in pair]
-    assert cli.main(["score", *words, "--output", str(tmp_path / "s.jsonl")]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, LINES, monkeypatch)
+    before = (tmp_path / "s.jsonl.part").read_bytes()
+    options = {key: value for key, value in change.items() if key.startswith("--")}
+    last = {**LINES[-1], **{key: value for key, value in change.items() if key not in options}}
+    assert interrupted(tmp_path, [*LINES[:-1], last], monkeypatch, **options) == 2
+    told = capsys.readouterr().err
+    assert f"s.jsonl.part was begun with {differing}" in told and "remove the file to start afresh" in told
+    assert (tmp_path / "s.jsonl.part").read_bytes() == before
+    assert interrupted(tmp_path, LINES, monkeypatch) == 0
+    assert [row["prompt"] for row in rows_of(tmp_path / "s.jsonl")] == [line["prompt"] for line in LINES]
+
+
+def test_half_a_group_and_half_a_letter_are_scored_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{**line, "prompt": f"Größe {line['tag']}"} for line in LINES]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, lines, monkeypatch)
+    part = tmp_path / "s.jsonl.part"
+    head, first, second, rest = part.read_bytes().split(b"\n")
+    assert rest == b""
+    part.write_bytes(b"\n".join([head, first, second[: second.index("ö".encode()) + 1]]))
+    with pytest.raises(KeyboardInterrupt):  # after the first two again
+        interrupted(tmp_path, lines, monkeypatch)
+    assert part.read_bytes().split(b"\n") == [head, first, second, b""]
+    assert interrupted(tmp_path, lines, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("content", ["rubbish\n", "[]\n", '{"rewards": []}\n7\n'])
+def test_a_damaged_part_file_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "s.jsonl.part").write_text(content)
+    assert interrupted(tmp_path, LINES, monkeypatch) == 2
+    assert "s.jsonl.part is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

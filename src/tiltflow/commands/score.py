@@ -40,7 +40,7 @@ def run_scoring(
 
     Raises:
         ConfigError: An argument is wrong.
-        DataError: An image or prompt cannot be read, or the part file is of other images or rewards.
+        DataError: An image or prompt cannot be read, or the part file is of another scoring.
         RewardError: A reward cannot be built, or requires what the images do not have.
     """
     check_output(output)
@@ -49,7 +49,7 @@ def run_scoring(
     if len(files) % group_size:
         raise ConfigError(f"--group_size {group_size} does not divide the {len(files)} images of {images!r}")
     check_prompts(arguments, [file.prompt for file in files], source=images)
-    part = PartFile(output.with_name(f"{output.name}.part"), arguments, files)
+    part = PartFile(output.with_name(f"{output.name}.part"), arguments, files, group_size=group_size)
     rows = part.read()
     if len(rows) < len(files):
         accelerator = Distributed().accelerator

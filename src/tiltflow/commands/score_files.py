@@ -1,6 +1,7 @@
 """The files of `tiltflow score`: the rows that are there already, and the finished table in three formats."""
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -31,27 +32,56 @@ def check_output(output: Path) -> None:
 class PartFile:
     """Rows that are already there, in a JSONL file whose first line says of what."""
 
-    def __init__(self, path: Path, rewards: Sequence[RewardArguments], files: Sequence[ImageFile]):
+    def __init__(self, path: Path, rewards: Sequence[RewardArguments], files: Sequence[ImageFile], *, group_size: int):
+        """Describe the scoring that the file must be of.
+
+        Args:
+            path: Of the file, there or not.
+            rewards: That score.
+            files: All images, in order.
+            group_size: Images that belong together; rows are kept by whole groups.
+        """
         self._path = path
         self._images = [str(file.path) for file in files]
-        self._head = {"rewards": [reward.model_dump(mode="json") for reward in rewards], "images": len(files)}
+        self._group_size = group_size
+        self._head: dict[str, Any] = {
+            "rewards": [reward.model_dump(mode="json") for reward in rewards],
+            "number of images": len(files),
+            "images": _digest(self._images),
+            "prompts": _digest([file.prompt.text for file in files]),
+            "metadata": _digest([dict(file.prompt.metadata) for file in files]),
+            "group_size": group_size,
+        }
 
     def read(self) -> list[Mapping[str, Any]]:
-        """Return the rows of an interrupted scoring; a half-written last line is dropped."""
+        """Return the rows of an interrupted scoring; a half-written last line and group are dropped.
+
+        Raises:
+            DataError: The file is damaged, or of another scoring; says what differs.
+        """
         if not self._path.exists():
             return []
-        lines = self._path.read_text(encoding="utf-8").split("\n")
-        complete = lines[:-1]  # the last one has no newline: it is empty, or was cut
+        *complete, cut = self._path.read_bytes().split(b"\n")  # after the last newline: nothing, or half a line
+        if not complete:
+            self.remove()
+            return []
         try:
             head, *rows = [json.loads(line) for line in complete]
-        except ValueError as error:
-            raise DataError(f"{self._path} is damaged ({error}); remove it to start afresh") from error
-        done = [row["image"] for row in rows]
-        if head != self._head or done != self._images[: len(done)]:
-            raise DataError(f"{self._path} is of other images or rewards; remove it, or choose another --output")
-        if lines[-1]:
-            write_atomically(self._path, "".join(f"{line}\n" for line in complete))
-        return rows
+            done = [row["image"] for row in rows]
+            differing = [key for key in self._head if head.get(key) != self._head[key]]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{self._path} is damaged ({error!r}); remove it to start afresh") from error
+        if differing:
+            raise DataError(
+                f"{self._path} was begun with other {', '.join(differing)}; give the same again to go on, remove the "
+                "file to start afresh, or choose another --output"
+            )
+        if done != self._images[: len(done)]:
+            raise DataError(f"{self._path} is damaged (its rows are not in order); remove it to start afresh")
+        whole = len(rows) // self._group_size * self._group_size
+        if cut or whole < len(rows):
+            write_atomically(self._path, b"".join(line + b"\n" for line in complete[: 1 + whole]))
+        return rows[:whole]
 
     def append(self, rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Add rows to the file and return them."""
@@ -63,6 +93,12 @@ class PartFile:
     def remove(self) -> None:
         """Remove the file: the rows are in the output now."""
         self._path.unlink(missing_ok=True)
+
+
+def _digest(values: Sequence[Any]) -> str:
+    """Return a short text that is another one for other values."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_rows(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
