@@ -122,15 +122,14 @@ class CannotBeBuilt(Brightness):
 
 
 class Rank(GroupwiseRewardModel):
-    """Rank of the brightness within the group."""
+    """Rank of the brightness within the group; reads no prompt."""
 
+    required_fields = ("image",)
     use_tensor_inputs = True
 
-    def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
+    def __call__(self, prompt=None, image=None, video=None, condition_images=None, condition_videos=None):
         values = torch.stack([item.mean() for item in image])
-        return RewardModelOutput(
-            values.argsort().argsort().float() / len(prompt), {"size": [len(prompt)] * len(prompt)}
-        )
+        return RewardModelOutput(values.argsort().argsort().float() / len(image), {"size": [len(image)] * len(image)})
 
 
 class SlowBrightness(Brightness):

@@ -44,14 +44,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_folder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = rows_of(score(tmp_path, "--rewards", BRIGHTNESS, "--images", images))
+    rows = rows_of(score(tmp_path, "--rewards", REDNESS, "--images", images))
     assert [Path(row["image"]).name for row in rows] == [f"{index}.png" for index in range(5)]
-    assert [row["scores"]["Brightness"] for row in rows] == pytest.approx(
-        [10 * 50 * i / 255 for i in range(5)], abs=1e-5
-    )
+    assert [row["scores"]["Redness"] for row in rows] == pytest.approx([10 * 50 * i / 255 for i in range(5)], abs=1e-5)
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["reward", "images", "mean", "std", "min", "max", "failed"]
-    assert table[1].split() == ["Brightness", "5", "3.922", "2.773", "0", "7.843", "0"]
+    assert table[1].split() == ["Redness", "5", "3.922", "2.773", "0", "7.843", "0"]
     assert [path.name for path in tmp_path.iterdir()] == ["images", "scores.jsonl"]
 
 
@@ -87,11 +85,11 @@ def test_groups_of_images(images: Path, tmp_path: Path) -> None:
 
 
 def test_csv_and_several_rewards(images: Path, tmp_path: Path) -> None:
-    path = score(tmp_path, "--rewards", BRIGHTNESS, "tests.rewards_for_tests.Rank", "--images", images, output="s.csv")
+    path = score(tmp_path, "--rewards", REDNESS, "tests.rewards_for_tests.Rank", "--images", images, output="s.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["image", "prompt", "Brightness", "Rank", "Rank.size"]
-    assert float(rows[4]["Brightness"]) == pytest.approx(7.843137, abs=1e-5)
+    assert list(rows[0]) == ["image", "prompt", "Redness", "Rank", "Rank.size"]
+    assert float(rows[4]["Redness"]) == pytest.approx(7.843137, abs=1e-5)
 
 
 TALKATIVE = "tests.rewards_for_tests.Talkative"
@@ -122,22 +120,22 @@ def test_lists_are_lists_in_parquet(images: Path, tmp_path: Path) -> None:
 
 def test_parquet(images: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, the extra 'parquet', is not installed")
-    path = score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="s.parquet")
-    assert parquet.read_table(path).column("Brightness").to_pylist()[1] == pytest.approx(1.960784, abs=1e-5)
+    path = score(tmp_path, "--rewards", REDNESS, "--images", images, output="s.parquet")
+    assert parquet.read_table(path).column("Redness").to_pylist()[1] == pytest.approx(1.960784, abs=1e-5)
 
 
 def test_parquet_without_pyarrow_is_told_before_anything_is_scored(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    arguments = ["score", "--rewards", BRIGHTNESS, "--images", str(images), "--output", str(tmp_path / "s.parquet")]
+    arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.parquet")]
     assert cli.main(arguments) == 2
     assert "pip install 'tiltflow[parquet]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = rows_of(score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="whole.jsonl"))
+    whole = rows_of(score(tmp_path, "--rewards", REDNESS, "--images", images, output="whole.jsonl"))
     monkeypatch.setattr(score_module, "CHUNK", 2)
     scored: list[str] = []
     load = type(find_images(str(images))[0]).load
@@ -149,7 +147,7 @@ def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: 
         return load(self)
 
     monkeypatch.setattr("tiltflow.data.images.ImageFile.load", loading)
-    arguments = ["score", "--rewards", BRIGHTNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
+    arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
     with pytest.raises(KeyboardInterrupt):
         cli.main(arguments)
     part = tmp_path / "s.jsonl.part"
@@ -256,6 +254,12 @@ def test_a_damaged_part_file_is_named(
         (["--images", "IMAGES", "--rewards", "{reward_model: Geneval, detector: shapes}"], "requires 'metadata'"),
         (["--images", "IMAGES", "--output", "s.xml"], "--output s.xml: ends in '.xml'; write .jsonl, .csv, .parquet"),
         (["--images", "IMAGES", "--lr", "1"], "--lr is no option of score"),
+        (
+            ["--images", "IMAGES", "--rewards", "tests.rewards_for_tests.CannotBeBuilt"],
+            "reward 'CannotBeBuilt' requires 'prompt', which these images do not have; give --prompts FILE "
+            "(a line per image) or a .jsonl",
+        ),
+        (["--images", "IMAGES", "--rewards", "OCR"], "reward 'OCR' requires 'prompt', which these images do not have"),
         (["--images", "BROKEN"], "cannot be read"),
         (["--images", "NOIMAGE"], 'entry 1: has no "image"'),
     ],
@@ -276,7 +280,7 @@ def test_bad_input(
     places = {"IMAGES": images, "TWO": "two.txt", "BROKEN": "broken", "NOIMAGE": "none.jsonl"}
     words = [str(places.get(word, word)) for word in arguments]
     before = set(tmp_path.rglob("*"))
-    assert cli.main(["score", *(["--rewards", BRIGHTNESS] if "--rewards" not in words else []), *words]) == 2
+    assert cli.main(["score", *(["--rewards", REDNESS] if "--rewards" not in words else []), *words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
     assert [path for path in set(tmp_path.rglob("*")) - before if path.is_file()] == []

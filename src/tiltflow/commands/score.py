@@ -12,8 +12,15 @@ from rich.progress import Progress
 from tiltflow.commands.score_files import PartFile, check_output, write_rows
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.data.images import ImageFile, find_images
-from tiltflow.errors import ConfigError
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
+from tiltflow.errors import ConfigError, RewardError
+from tiltflow.rewards import (
+    RewardArguments,
+    RewardEngine,
+    build_reward_model,
+    check_prompts,
+    check_reward,
+    reward_class,
+)
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
 from tiltflow.runtime.plain import finite_or_none, plain
@@ -48,6 +55,7 @@ def run_scoring(
     files = find_images(images, prompts)
     if len(files) % group_size:
         raise ConfigError(f"--group_size {group_size} does not divide the {len(files)} images of {images!r}")
+    _check_has_prompts(arguments, files)
     check_prompts(arguments, [file.prompt for file in files], source=images)
     part = PartFile(output.with_name(f"{output.name}.part"), arguments, files, group_size=group_size)
     rows = part.read()
@@ -94,6 +102,16 @@ def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]
     for entry in arguments:
         check_reward(entry)
     return arguments
+
+
+def _check_has_prompts(rewards: Sequence[RewardArguments], files: Sequence[ImageFile]) -> None:
+    """Refuse images without a prompt where a reward reads it: a score against no text says nothing."""
+    readers = [reward for reward in rewards if "prompt" in reward_class(reward.reward_model).required_fields]
+    if readers and not all(file.prompt.text for file in files):
+        raise RewardError(
+            f"reward {readers[0].name!r} requires 'prompt', which these images do not have; give --prompts FILE "
+            "(a line per image) or a .jsonl"
+        )
 
 
 def _score(
