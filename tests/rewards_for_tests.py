@@ -30,6 +30,11 @@ class Redness(Brightness):
         return super().__call__(prompt, image=image)
 
 
+class BreaksWithoutPrompt(Redness):
+    def __call__(self, prompt=None, image=None, **media: Any):
+        raise ValueError("the judge is out")
+
+
 class Talkative(Redness):
     """Redness that tells something of every kind beside it."""
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tiltflow import cli
+from tiltflow.commands import failure_causes
 from tiltflow.commands import score as score_module
 from tiltflow.data.images import find_images
 from tiltflow.rewards import RewardModelOutput
@@ -160,6 +161,58 @@ def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: 
     assert not part.exists()
 
 
+def test_an_image_that_cannot_be_read_is_a_row_with_the_reason(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (images / "1.png").read_bytes()
+    (images / "1.png").write_bytes(whole[: len(whole) // 2])
+    (images / "3.png").write_text("no image")
+    (images / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xff" * 40)
+    rows = rows_of(score(tmp_path, "--rewards", REDNESS, "tests.rewards_for_tests.Rank", "--images", images))
+    assert [row["scores"]["Redness"] is None for row in rows] == [False, True, False, True, True]
+    assert rows[2]["scores"]["Redness"] == pytest.approx(10 * 100 / 255, abs=1e-5)
+    for row in (rows[1], rows[3], rows[4]):
+        assert row["failures"]["Redness"] == row["failures"]["Rank"]
+        assert row["failures"]["Rank"].startswith(f"DataError: image {row['image']} cannot be read: ")
+        assert row["scores"] == {"Redness": None, "Rank": None} and row["info"] == {}
+    told = capsys.readouterr().err
+    assert f"Redness failed on 3 of 5 images, first on {images / '1.png'}: DataError: image ... cannot be read" in told
+
+
+def test_a_group_is_scored_without_its_unreadable_image(images: Path, tmp_path: Path) -> None:
+    (images / "1.png").write_text("no image")
+    rank = ("--rewards", "tests.rewards_for_tests.Rank", "--images", f"{images}/[0-3].png", "--group_size", 4)
+    rows = rows_of(score(tmp_path, *rank))
+    assert [row["scores"]["Rank"] for row in rows] == pytest.approx([0, None, 1 / 3, 2 / 3])
+    assert rows[0]["info"]["Rank"] == {"size": 3}
+
+
+@pytest.mark.parametrize("rewards", [[REDNESS], ["tests.rewards_for_tests.BreaksWithoutPrompt", REDNESS]])
+def test_a_reward_that_scores_nothing_is_told_and_fails(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rewards: list[str]
+) -> None:
+    if len(rewards) == 1:
+        for path in images.glob("*.png"):
+            path.write_text("no image")
+    arguments = ["score", "--rewards", *rewards, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
+    assert cli.main(arguments) == 1
+    told = capsys.readouterr().err.splitlines()
+    name = rewards[0].rpartition(".")[2]
+    cause = "ValueError: the judge is out" if len(rewards) == 2 else "DataError: image ... cannot be read: "
+    assert told[0].startswith(f"{name} failed on 5 of 5 images, first on {images / '0.png'}: {cause}")
+    assert told[1] == f"tiltflow score: no image has a score from: {name}"
+    assert len(rows_of(tmp_path / "s.jsonl")) == 5  # what there is, is kept
+
+
+def test_the_commonest_causes_come_first_and_are_few() -> None:
+    causes = [f"cause {min(index, 6)} of a{index}.png" for index in range(9)]
+    rows = [{"image": f"a{i}.png", "failures": {"r": cause}, "scores": {"r": None}} for i, cause in enumerate(causes)]
+    lines = failure_causes(rows, limit=2).splitlines()
+    assert lines[0] == "r failed on 3 of 9 images, first on a6.png: cause 6 of ..."
+    assert lines[2] == "and 5 more causes" and len(lines) == 3
+    assert failure_causes([{"image": "a", "failures": {}, "scores": {"r": 1.0}}]) == ""
+
+
 LINES = [{"image": f"images/{index}.png", "prompt": f"prompt {index}", "tag": index} for index in range(4)]
 
 
@@ -260,7 +313,6 @@ def test_a_damaged_part_file_is_named(
             "(a line per image) or a .jsonl",
         ),
         (["--images", "IMAGES", "--rewards", "OCR"], "reward 'OCR' requires 'prompt', which these images do not have"),
-        (["--images", "BROKEN"], "cannot be read"),
         (["--images", "NOIMAGE"], 'entry 1: has no "image"'),
     ],
 )
@@ -275,9 +327,7 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.txt").write_text("a\nb\n")
     (tmp_path / "none.jsonl").write_text('{"prompt": "a star"}\n')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "x.png").write_text("no image")
-    places = {"IMAGES": images, "TWO": "two.txt", "BROKEN": "broken", "NOIMAGE": "none.jsonl"}
+    places = {"IMAGES": images, "TWO": "two.txt", "NOIMAGE": "none.jsonl"}
     words = [str(places.get(word, word)) for word in arguments]
     before = set(tmp_path.rglob("*"))
     assert cli.main(["score", *(["--rewards", REDNESS] if "--rewards" not in words else []), *words]) == 2

@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from tiltflow.commands.score_files import PartFile, check_output, write_rows
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.data.images import ImageFile, find_images
-from tiltflow.errors import ConfigError, RewardError
+from tiltflow.errors import ConfigError, DataError, RewardError
 from tiltflow.rewards import (
     RewardArguments,
     RewardEngine,
@@ -47,7 +48,7 @@ def run_scoring(
 
     Raises:
         ConfigError: An argument is wrong.
-        DataError: An image or prompt cannot be read, or the part file is of another scoring.
+        DataError: There are no images, a prompt cannot be read, or the part file is of another scoring.
         RewardError: A reward cannot be built, or requires what the images do not have.
     """
     check_output(output)
@@ -93,6 +94,30 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def failure_causes(rows: Sequence[Mapping[str, Any]], *, limit: int = 5) -> str:
+    """Return the commonest causes of failures as plain text, a line each; "" when nothing failed.
+
+    Causes that differ only in the name of the image count together.
+    """
+    images: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, text in row["failures"].items():
+            images.setdefault((name, text.replace(row["image"], "...")), []).append(row["image"])
+    found = sorted(images.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"{name} failed on {len(failed)} of {len(rows)} images, first on {failed[0]}: {cause}"
+        for (name, cause), failed in found[:limit]
+    ]
+    more = len(found) - limit
+    return "\n".join([*lines, *([f"and {more} more causes"] if more > 0 else [])])
+
+
+def without_score(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the rewards that scored no image at all."""
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    return [name for name in names if all(row["scores"][name] is None for row in rows)]
+
+
 def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]:
     entries: list[dict[str, Any]] = []
     for text in rewards:
@@ -117,11 +142,33 @@ def _check_has_prompts(rewards: Sequence[RewardArguments], files: Sequence[Image
 def _score(
     engine: RewardEngine, files: Sequence[ImageFile], *, first_group: int, group_size: int
 ) -> list[Mapping[str, Any]]:
-    with engine.begin(group_size=group_size) as scoring:
-        groups = [first_group + index // group_size for index in range(len(files))]
-        scoring.add([file.prompt for file in files], groups, images=[file.load() for file in files])
+    """Return a row per file; a group whose image cannot be read is scored without it."""
+    loaded = [_load(file) for file in files]
+    images = {place: image for place, image in enumerate(loaded) if isinstance(image, Tensor)}
+    with engine.begin() as scoring:
+        groups = [first_group + place // group_size for place in images]
+        scoring.add([files[place].prompt for place in images], groups, images=list(images.values()))
         table = scoring.finish()
-    return [_row(file, table, index) for index, file in enumerate(files)]
+    places = {place: index for index, place in enumerate(images)}
+    return [
+        _failed_row(files[place], engine.names, image)
+        if isinstance(image, DataError)
+        else _row(files[place], table, places[place])
+        for place, image in enumerate(loaded)
+    ]
+
+
+def _load(file: ImageFile) -> Tensor | DataError:
+    try:
+        return file.load()
+    except DataError as error:  # this image's rows tell it; the others can still be scored
+        return error
+
+
+def _failed_row(file: ImageFile, names: Sequence[str], error: DataError) -> Mapping[str, Any]:
+    scores = dict.fromkeys(names)
+    failures = {name: f"DataError: {error}" for name in names}
+    return {"image": str(file.path), "prompt": file.prompt.text, "scores": scores, "info": {}, "failures": failures}
 
 
 def _row(file: ImageFile, table: RewardTable, index: int) -> Mapping[str, Any]:
