@@ -4,7 +4,7 @@ from tiltflow.evaluation.measure import EvaluationConfig, choose_prompts, evalua
 from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, write_png
 from tiltflow.evaluation.statistics import Estimate, estimate, estimate_stratified
 from tiltflow.evaluation.summary import compare_table, paired_difference, summarise
-from tiltflow.evaluation.watch import HackingWatch, Sign, hacking_signs
+from tiltflow.evaluation.watch import HackingWatch, Sign, held_out
 
 __all__ = [
     "Estimate",
@@ -18,7 +18,7 @@ __all__ = [
     "estimate",
     "estimate_stratified",
     "evaluate",
-    "hacking_signs",
+    "held_out",
     "paired_difference",
     "summarise",
     "to_picture",

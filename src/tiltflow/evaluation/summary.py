@@ -32,29 +32,37 @@ def summarise(rows: Sequence[EvaluationRow]) -> dict[str, Estimate]:
     return summary
 
 
+def paired_rows(before: EvaluationResult, after: EvaluationResult) -> list[tuple[EvaluationRow, EvaluationRow]]:
+    """Return the rows of two evaluations of the same prompts and samples, image by image.
+
+    Raises:
+        DataError: The two were not measured on the same prompts and samples.
+    """
+    first, second = ({(row.group, row.sample): row for row in result.rows} for result in (before, after))
+    if {place: row.prompt for place, row in first.items()} != {place: row.prompt for place, row in second.items()}:
+        raise DataError(
+            f"{before.name!r} ({len(before.rows)} images) and {after.name!r} ({len(after.rows)} images) are not of the "
+            "same prompts and samples; evaluate both with one config and one prompt file"
+        )
+    return [(first[place], second[place]) for place in sorted(first)]
+
+
 def paired_difference(before: EvaluationResult, after: EvaluationResult, key: str) -> Estimate:
     """Return after - before of one key of the summary, image by image over the same prompts and samples.
 
     Raises:
         DataError: The two were not measured on the same prompts and samples, or have no such key.
     """
-    first, second = ({(row.group, row.sample): row for row in result.rows} for result in (before, after))
-    if [(place, row.prompt) for place, row in sorted(first.items())] != [
-        (place, row.prompt) for place, row in sorted(second.items())
-    ]:
-        raise DataError(
-            f"{before.name!r} ({len(before.rows)} images) and {after.name!r} ({len(after.rows)} images) are not of the "
-            "same prompts and samples; evaluate both with one config and one prompt file"
-        )
-    places = sorted(first)
-    columns = [_columns([part[place] for place in places]) for part in (first, second)]
+    rows = paired_rows(before, after)
+    columns = [_columns([pair[side] for pair in rows]) for side in (0, 1)]
     if not all(key in part for part in columns):
         raise DataError(
             f"key {key!r} has no value per image; keys of both: {', '.join(columns[0].keys() & columns[1])}"
         )
     old, new = (part[key] for part in columns)
+    groups = np.array([row.group for row, _ in rows])
     # A difference is never a rate, even where it happens to hold only zeros and ones.
-    return estimate_known(new.values - old.values, np.array([group for group, _ in places]), new.strata, rate=False)
+    return estimate_known(new.values - old.values, groups, new.strata, rate=False)
 
 
 def compare_table(results: Sequence[EvaluationResult]) -> str:
