@@ -355,6 +355,17 @@ def test_evaluate_finds_a_reward_by_name_and_takes_overrides(
     assert len(EvaluationResult.load(tmp_path / "epoch_000002.json").rows) == 4
 
 
+def test_evaluate_checks_every_option_before_it_builds_anything(
+    lora_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _ = lora_run
+    rewards = "[tests.rewards_for_tests.CannotBeBuilt, {reward_model: Geneval, detector: shapes, scor: strict}]"
+    command = ["evaluate", "--checkpoint", str(run_dir / "latest"), "--output_dir", str(tmp_path)]
+    assert cli.main([*command, "--rewards", rewards]) == 2
+    told = capsys.readouterr().err
+    assert "reward 'Geneval': unknown key 'scor'; did you mean 'score'?" in told and "no room" not in told
+
+
 def test_a_checkpoint_is_evaluated_without_the_rewards_it_was_trained_on(
     full_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

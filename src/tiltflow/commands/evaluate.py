@@ -13,7 +13,7 @@ from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewa
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import load_weights
 
@@ -43,6 +43,7 @@ def run_evaluation(
     Raises:
         ConfigError: An argument is missing, unknown or wrong.
         CheckpointError: The checkpoint is damaged or none at all.
+        RewardError: A reward is unknown, an option of it is wrong (both before any model is loaded), or it fails.
     """
     policy_values, found = find_policy(checkpoint, model_name)
     values = {"policy": policy_values, "evaluation": found.evaluation.model_dump() if found else {}}
@@ -52,6 +53,8 @@ def run_evaluation(
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
     lines = load_prompts(source, split="test", blocklist=found.data.blocklist if found else ())
     arguments = _rewards(rewards, found, config.policy.model_name)
+    for entry in arguments:
+        check_reward(entry)
     check_prompts(arguments, lines, source=source)
     distributed = Distributed()
     try:
