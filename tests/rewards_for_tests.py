@@ -126,6 +126,20 @@ class CannotBeBuilt(Brightness):
         raise MemoryError("no room")
 
 
+class FailsOnTheSecondProcess(Brightness):
+    def __call__(self, prompt, image=None, **media: Any):
+        if os.environ["RANK"] == "1":
+            raise ValueError("the judge is out")
+        return super().__call__(prompt, image=image)
+
+
+class CannotBeBuiltOnTheSecondProcess(Brightness):
+    def __init__(self, config: Any, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        if os.environ["RANK"] == "1":
+            raise MemoryError("no room")
+
+
 class Rank(GroupwiseRewardModel):
     """Rank of the brightness within the group; reads no prompt."""
 
