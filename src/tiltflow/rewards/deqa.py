@@ -52,6 +52,8 @@ class DeQAReward(PointwiseRewardModel):
 
     required_fields = ("image",)
     Options = DeQAOptions
+    needed_options = ("model",)
+    option_packages = {"base_url": "openai"}  # noqa: RUF012  # a class attribute, as in the base
 
     @classmethod
     def published_weights(cls, options: DeQAOptions) -> Sequence[Weights]:
