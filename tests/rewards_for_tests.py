@@ -21,6 +21,35 @@ class Brightness(PointwiseRewardModel):
         return RewardModelOutput(torch.stack([item[0].mean() for item in image]) * 10)
 
 
+class Redness(Brightness):
+    """Brightness that reads no prompt."""
+
+    required_fields = ("image",)
+
+    def __call__(self, prompt=None, image=None, **media: Any):
+        return super().__call__(prompt, image=image)
+
+
+class BreaksWithoutPrompt(Redness):
+    def __call__(self, prompt=None, image=None, **media: Any):
+        raise ValueError("the judge is out")
+
+
+class Talkative(Redness):
+    """Redness that tells something of every kind beside it."""
+
+    def __call__(self, prompt=None, image=None, **media: Any):
+        count = len(image)
+        told = {
+            "distance": [math.nan] * count,
+            "levels": [torch.tensor([0.25, 0.75])] * count,
+            "reasons": [["too dark", "too small"] if index % 2 else [] for index in range(count)],
+            "mixed": ["none" if index % 2 else index for index in range(count)],
+            "boxes": [{"star": [1, 2]}] * count,
+        }
+        return RewardModelOutput(super().__call__(image=image).rewards, told)
+
+
 class Rising(Brightness):
     """Grows with every call, whatever the images."""
 
@@ -97,16 +126,29 @@ class CannotBeBuilt(Brightness):
         raise MemoryError("no room")
 
 
-class Rank(GroupwiseRewardModel):
-    """Rank of the brightness within the group."""
+class FailsOnTheSecondProcess(Brightness):
+    def __call__(self, prompt, image=None, **media: Any):
+        if os.environ["RANK"] == "1":
+            raise ValueError("the judge is out")
+        return super().__call__(prompt, image=image)
 
+
+class CannotBeBuiltOnTheSecondProcess(Brightness):
+    def __init__(self, config: Any, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        if os.environ["RANK"] == "1":
+            raise MemoryError("no room")
+
+
+class Rank(GroupwiseRewardModel):
+    """Rank of the brightness within the group; reads no prompt."""
+
+    required_fields = ("image",)
     use_tensor_inputs = True
 
-    def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
+    def __call__(self, prompt=None, image=None, video=None, condition_images=None, condition_videos=None):
         values = torch.stack([item.mean() for item in image])
-        return RewardModelOutput(
-            values.argsort().argsort().float() / len(prompt), {"size": [len(prompt)] * len(prompt)}
-        )
+        return RewardModelOutput(values.argsort().argsort().float() / len(image), {"size": [len(image)] * len(image)})
 
 
 class SlowBrightness(Brightness):

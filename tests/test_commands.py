@@ -316,6 +316,40 @@ def test_a_reward_that_fails_late_in_an_evaluation_leaves_nothing(
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("on_error", "message"), [("mask", "failed on 100% of the epoch's samples"), ("raise", "the judge went home")]
+)
+def test_a_run_whose_rewards_fail_keeps_what_it_learnt(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], on_error: str, message: str
+) -> None:
+    """The reward fails from the second epoch of each process on; checkpoints are due much later."""
+    values = run_values(
+        random_sd3,
+        tmp_path / "out",
+        train={"epochs": 6, "save_every": 50},
+        rewards=[{"name": "mine", "reward_model": "tests.rewards_for_tests.BreaksLater", "on_error": on_error}],
+        eval_rewards=[{"name": "other", "reward_model": "tests.rewards_for_tests.Brightness"}],
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    for epoch in (1, 2):
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert message in told and "checkpoint" not in told
+        assert told.endswith(f"; the weights after epoch {epoch} are saved in {tmp_path / 'out'}")
+        assert (tmp_path / "out" / "latest").resolve().name == f"epoch_{epoch:06d}"
+
+
+def test_a_run_whose_rewards_fail_at_once_claims_no_checkpoint(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = [{"name": "mine", "reward_model": "tests.rewards_for_tests.AllNaN", "on_error": "mask"}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values(random_sd3, tmp_path / "out", rewards=reward)))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith("mend the reward and run again; no epoch was finished before this one")
+    assert list((tmp_path / "out").glob("epoch_*")) == []
+
+
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +387,17 @@ def test_evaluate_finds_a_reward_by_name_and_takes_overrides(
     assert cli.main([*command, *options]) == 0
     assert {"geneval_strict", "brightness"} <= results_of(capsys.readouterr().out).keys()
     assert len(EvaluationResult.load(tmp_path / "epoch_000002.json").rows) == 4
+
+
+def test_evaluate_checks_every_option_before_it_builds_anything(
+    lora_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _ = lora_run
+    rewards = "[tests.rewards_for_tests.CannotBeBuilt, {reward_model: Geneval, detector: shapes, scor: strict}]"
+    command = ["evaluate", "--checkpoint", str(run_dir / "latest"), "--output_dir", str(tmp_path)]
+    assert cli.main([*command, "--rewards", rewards]) == 2
+    told = capsys.readouterr().err
+    assert "reward 'Geneval': unknown key 'scor'; did you mean 'score'?" in told and "no room" not in told
 
 
 def test_a_checkpoint_is_evaluated_without_the_rewards_it_was_trained_on(

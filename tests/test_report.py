@@ -16,7 +16,7 @@ from tiltflow.errors import DataError
 from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference, summarise, to_picture
 from tiltflow.report import before_after_picture, save_grid, write_report
 from tiltflow.report.charts import Series, line_chart, log_ticks, nice_ticks, spans_decades, stacked_bar
-from tiltflow.report.contents import read_run, verdict
+from tiltflow.report.contents import held_out, read_run, verdict
 
 ATTACK = '<script>alert("x")</script>"\'><img src=http://evil.example/x.png>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -139,7 +139,7 @@ def test_report_shows_the_numbers_of_the_run(run_dir: Path) -> None:
         assert row in text
     assert "training geneval 3" in text
     assert "evaluation 'after' Other (OSError: gone away) 1" in text
-    for chart in ("Reward: geneval", "Evaluation while training", "Loss", "Drift from the reference", "Gradient norm"):
+    for chart in ("Reward: geneval", "Evaluation: geneval", "Loss", "Drift from the reference", "Gradient norm"):
         assert chart in text
     assert text.count("Logarithmic scale.") == 1
     assert "note: <b>&amp;</b>" in text
@@ -195,7 +195,46 @@ def test_the_end_of_a_run_that_was_extended_is_not_known(run_dir: Path) -> None:
 def test_two_evaluations_are_no_curve(run_dir: Path) -> None:
     rows = [{"step": step, "time": 1.0, "eval/geneval_strict": 0.1 * step} for step in (0, 12)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "Evaluation while training" not in Page(write_report(run_dir).read_text(encoding="utf-8")).text
+    assert "Evaluation: geneval" not in Page(write_report(run_dir).read_text(encoding="utf-8")).text
+
+
+REWARDS = """
+rewards:
+- {name: pick, reward_model: PickScore, weight: 1.0, options: {}}
+- {name: watched, reward_model: OCR, weight: 0.0, options: {}}
+eval_rewards:
+- {name: same, reward_model: PickScore, weight: 1.0, options: {}}
+- {name: pick, reward_model: HPSv2, weight: 1.0, options: {}}
+- {name: HPS, reward_model: HPSv2, weight: 1.0, options: {version: v2.0}}
+"""
+
+
+def test_every_evaluated_reward_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    """More rewards than a single chart could tell apart, one judged as GenEval does, one a prefix of another."""
+    plain = ["same", "pick", "hps", "geneval2", "image_reward"]
+    judged = ["geneval", "geneval_partial", "geneval_strict", "geneval_correct", "geneval_correct_colors"]
+    keys = [*plain, *judged, *(f"{name}_failures" for name in (*plain, "geneval"))]
+    rows = [{"step": s, "reward/pick/mean": s, **{f"eval/{key}": 0.1 * s for key in keys}} for s in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(REWARDS)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    titles = re.findall(r"<figure><h3>([^<]+)</h3><svg", html)
+    assert titles[0] == "Reward: pick"  # the others stand beside it
+    others = ["Evaluation: same", "Held out: pick", "Held out: hps"]
+    assert sorted(titles[1:]) == sorted([*others, *(f"Evaluation: {name}" for name in (*plain[3:], "geneval"))])
+    charts = dict(zip(titles, re.findall(r"<svg.*?</svg>", html), strict=False))
+    assert {title: svg.count('class="line') for title, svg in charts.items() if svg.count('class="line') > 1} == {
+        "Evaluation: geneval": 2
+    }
+
+
+def test_what_is_held_out_is_known_by_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(REWARDS)
+    assert held_out(read_run(tmp_path)) == {"same": False, "pick": True, "hps": True}
+    (tmp_path / "config.yaml").write_text(REWARDS.partition("eval_rewards")[0])
+    assert held_out(read_run(tmp_path)) == {"pick": False, "watched": True}  # of weight 0
+    (tmp_path / "config.yaml").write_text("rewards: 3")
+    assert held_out(read_run(tmp_path)) == {}
 
 
 def test_an_empty_folder_gives_sentences(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from tiltflow import cli
+from tiltflow.commands import failure_causes
 from tiltflow.commands import score as score_module
 from tiltflow.data.images import find_images
+from tiltflow.rewards import RewardModelOutput
 
 BRIGHTNESS = "tests.rewards_for_tests.Brightness"
+REDNESS = "tests.rewards_for_tests.Redness"  # reads no prompt
 
 
 @pytest.fixture
@@ -42,14 +45,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_folder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = rows_of(score(tmp_path, "--rewards", BRIGHTNESS, "--images", images))
+    rows = rows_of(score(tmp_path, "--rewards", REDNESS, "--images", images))
     assert [Path(row["image"]).name for row in rows] == [f"{index}.png" for index in range(5)]
-    assert [row["scores"]["Brightness"] for row in rows] == pytest.approx(
-        [10 * 50 * i / 255 for i in range(5)], abs=1e-5
-    )
+    assert [row["scores"]["Redness"] for row in rows] == pytest.approx([10 * 50 * i / 255 for i in range(5)], abs=1e-5)
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["reward", "images", "mean", "std", "min", "max", "failed"]
-    assert table[1].split() == ["Brightness", "5", "3.922", "2.773", "0", "7.843", "0"]
+    assert table[1].split() == ["Redness", "5", "3.922", "2.773", "0", "7.843", "0"]
     assert [path.name for path in tmp_path.iterdir()] == ["images", "scores.jsonl"]
 
 
@@ -85,31 +86,57 @@ def test_groups_of_images(images: Path, tmp_path: Path) -> None:
 
 
 def test_csv_and_several_rewards(images: Path, tmp_path: Path) -> None:
-    path = score(tmp_path, "--rewards", BRIGHTNESS, "tests.rewards_for_tests.Rank", "--images", images, output="s.csv")
+    path = score(tmp_path, "--rewards", REDNESS, "tests.rewards_for_tests.Rank", "--images", images, output="s.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["image", "prompt", "Brightness", "Rank", "Rank.size"]
-    assert float(rows[4]["Brightness"]) == pytest.approx(7.843137, abs=1e-5)
+    assert list(rows[0]) == ["image", "prompt", "Redness", "Rank", "Rank.size"]
+    assert float(rows[4]["Redness"]) == pytest.approx(7.843137, abs=1e-5)
+
+
+TALKATIVE = "tests.rewards_for_tests.Talkative"
+
+
+def test_what_a_reward_tells_is_written_whole(images: Path, tmp_path: Path) -> None:
+    first, second, *_ = rows_of(score(tmp_path, "--rewards", TALKATIVE, "--images", images))
+    told = {"distance": None, "levels": [0.25, 0.75], "reasons": [], "mixed": 0, "boxes": {"star": [1, 2]}}
+    assert first["info"]["Talkative"] == told  # NaN, which JSON does not know, is null
+    assert second["info"]["Talkative"] == {**told, "reasons": ["too dark", "too small"], "mixed": "none"}
+
+
+def test_lists_are_joined_in_csv(images: Path, tmp_path: Path) -> None:
+    with score(tmp_path, "--rewards", TALKATIVE, "--images", images, output="s.csv").open(newline="") as file:
+        _, row, *_ = csv.DictReader(file)
+    assert (row["Talkative.levels"], row["Talkative.reasons"]) == ("0.25; 0.75", "too dark; too small")
+    assert (row["Talkative.distance"], row["Talkative.boxes"]) == ("", '{"star": [1, 2]}')
+
+
+def test_lists_are_lists_in_parquet(images: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, the extra 'parquet', is not installed")
+    table = parquet.read_table(score(tmp_path, "--rewards", TALKATIVE, "--images", images, output="s.parquet"))
+    columns = {name.removeprefix("Talkative."): table.column(name).to_pylist() for name in table.column_names}
+    assert columns["levels"][1] == [0.25, 0.75] and columns["reasons"][:2] == [[], ["too dark", "too small"]]
+    assert columns["mixed"][:2] == ["0", "none"] and columns["boxes"][0] == '{"star": [1, 2]}'
+    assert columns["distance"] == [None] * 5
 
 
 def test_parquet(images: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, the extra 'parquet', is not installed")
-    path = score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="s.parquet")
-    assert parquet.read_table(path).column("Brightness").to_pylist()[1] == pytest.approx(1.960784, abs=1e-5)
+    path = score(tmp_path, "--rewards", REDNESS, "--images", images, output="s.parquet")
+    assert parquet.read_table(path).column("Redness").to_pylist()[1] == pytest.approx(1.960784, abs=1e-5)
 
 
 def test_parquet_without_pyarrow_is_told_before_anything_is_scored(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    arguments = ["score", "--rewards", BRIGHTNESS, "--images", str(images), "--output", str(tmp_path / "s.parquet")]
+    arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.parquet")]
     assert cli.main(arguments) == 2
     assert "pip install 'tiltflow[parquet]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = rows_of(score(tmp_path, "--rewards", BRIGHTNESS, "--images", images, output="whole.jsonl"))
+    whole = rows_of(score(tmp_path, "--rewards", REDNESS, "--images", images, output="whole.jsonl"))
     monkeypatch.setattr(score_module, "CHUNK", 2)
     scored: list[str] = []
     load = type(find_images(str(images))[0]).load
@@ -121,7 +148,7 @@ def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: 
         return load(self)
 
     monkeypatch.setattr("tiltflow.data.images.ImageFile.load", loading)
-    arguments = ["score", "--rewards", BRIGHTNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
+    arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
     with pytest.raises(KeyboardInterrupt):
         cli.main(arguments)
     part = tmp_path / "s.jsonl.part"
@@ -134,22 +161,139 @@ def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: 
     assert not part.exists()
 
 
+def test_an_image_that_cannot_be_read_is_a_row_with_the_reason(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (images / "1.png").read_bytes()
+    (images / "1.png").write_bytes(whole[: len(whole) // 2])
+    (images / "3.png").write_text("no image")
+    (images / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xff" * 40)
+    rows = rows_of(score(tmp_path, "--rewards", REDNESS, "tests.rewards_for_tests.Rank", "--images", images))
+    assert [row["scores"]["Redness"] is None for row in rows] == [False, True, False, True, True]
+    assert rows[2]["scores"]["Redness"] == pytest.approx(10 * 100 / 255, abs=1e-5)
+    for row in (rows[1], rows[3], rows[4]):
+        assert row["failures"]["Redness"] == row["failures"]["Rank"]
+        assert row["failures"]["Rank"].startswith(f"DataError: image {row['image']} cannot be read: ")
+        assert row["scores"] == {"Redness": None, "Rank": None} and row["info"] == {}
+    told = capsys.readouterr().err
+    assert f"Redness failed on 3 of 5 images, first on {images / '1.png'}: DataError: image ... cannot be read" in told
+
+
+def test_a_group_is_scored_without_its_unreadable_image(images: Path, tmp_path: Path) -> None:
+    (images / "1.png").write_text("no image")
+    rank = ("--rewards", "tests.rewards_for_tests.Rank", "--images", f"{images}/[0-3].png", "--group_size", 4)
+    rows = rows_of(score(tmp_path, *rank))
+    assert [row["scores"]["Rank"] for row in rows] == pytest.approx([0, None, 1 / 3, 2 / 3])
+    assert rows[0]["info"]["Rank"] == {"size": 3}
+
+
+@pytest.mark.parametrize("rewards", [[REDNESS], ["tests.rewards_for_tests.BreaksWithoutPrompt", REDNESS]])
+def test_a_reward_that_scores_nothing_is_told_and_fails(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rewards: list[str]
+) -> None:
+    if len(rewards) == 1:
+        for path in images.glob("*.png"):
+            path.write_text("no image")
+    arguments = ["score", "--rewards", *rewards, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
+    assert cli.main(arguments) == 1
+    told = capsys.readouterr().err.splitlines()
+    name = rewards[0].rpartition(".")[2]
+    cause = "ValueError: the judge is out" if len(rewards) == 2 else "DataError: image ... cannot be read: "
+    assert told[0].startswith(f"{name} failed on 5 of 5 images, first on {images / '0.png'}: {cause}")
+    assert told[1] == f"tiltflow score: no image has a score from: {name}"
+    assert len(rows_of(tmp_path / "s.jsonl")) == 5  # what there is, is kept
+
+
+def test_the_commonest_causes_come_first_and_are_few() -> None:
+    causes = [f"cause {min(index, 6)} of a{index}.png" for index in range(9)]
+    rows = [{"image": f"a{i}.png", "failures": {"r": cause}, "scores": {"r": None}} for i, cause in enumerate(causes)]
+    lines = failure_causes(rows, limit=2).splitlines()
+    assert lines[0] == "r failed on 3 of 9 images, first on a6.png: cause 6 of ..."
+    assert lines[2] == "and 5 more causes" and len(lines) == 3
+    assert failure_causes([{"image": "a", "failures": {}, "scores": {"r": 1.0}}]) == ""
+
+
+LINES = [{"image": f"images/{index}.png", "prompt": f"prompt {index}", "tag": index} for index in range(4)]
+
+
+def interrupted(tmp_path: Path, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **options: str) -> int:
+    """Score the images of some lines, two at a time, as far as the third; or go on, if that happened before."""
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = {"--rewards": BRIGHTNESS, "--images": str(tmp_path / "list.jsonl"), "--group_size": "2", **options}
+    monkeypatch.setattr(score_module, "CHUNK", 2)
+    monkeypatch.setattr("tests.rewards_for_tests.Brightness.__call__", stop_at_the_third())
+    return cli.main(
+        ["score", *(word for pair in words.items() for word in pair), "--output", str(tmp_path / "s.jsonl")]
+    )
+
+
+def stop_at_the_third() -> Any:
+    seen: list[str] = []
+
+    def call(self: Any, prompt: list[str], image: Any = None) -> RewardModelOutput:
+        seen.extend(prompt)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+        return RewardModelOutput([0.5] * len(prompt))
+
+    return call
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "differing"),
     [
-        (["--rewards", "tests.rewards_for_tests.AllNaN"], "is of other images or rewards; remove it"),
-        (["--images", "IMAGES/*[0-3].png"], "is of other images or rewards; remove it"),
+        ({"prompt": "another"}, "other prompts;"),
+        ({"tag": "another"}, "other metadata;"),
+        ({"image": "images/4.png"}, "other images;"),
+        ({"--group_size": "1"}, "other group_size;"),
+        ({"--batch_size": "4"}, "other rewards;"),
+        ({"--rewards": REDNESS}, "other rewards;"),
     ],
 )
-def test_a_part_file_of_something_else_is_refused(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+def test_a_part_file_of_another_scoring_says_what_differs(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    differing: str,
 ) -> None:
-    head = {"rewards": [], "images": 5}
-    (tmp_path / "s.jsonl.part").write_text(json.dumps(head) + "\n")
-    options = {"--rewards": BRIGHTNESS, "--images": str(images), change[0]: change[1].replace("IMAGES", str(images))}
-    words = [word for pair in options.items() for word in pair]
-    assert cli.main(["score", *words, "--output", str(tmp_path / "s.jsonl")]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, LINES, monkeypatch)
+    before = (tmp_path / "s.jsonl.part").read_bytes()
+    options = {key: value for key, value in change.items() if key.startswith("--")}
+    last = {**LINES[-1], **{key: value for key, value in change.items() if key not in options}}
+    assert interrupted(tmp_path, [*LINES[:-1], last], monkeypatch, **options) == 2
+    told = capsys.readouterr().err
+    assert f"s.jsonl.part was begun with {differing}" in told and "remove the file to start afresh" in told
+    assert (tmp_path / "s.jsonl.part").read_bytes() == before
+    assert interrupted(tmp_path, LINES, monkeypatch) == 0
+    assert [row["prompt"] for row in rows_of(tmp_path / "s.jsonl")] == [line["prompt"] for line in LINES]
+
+
+def test_half_a_group_and_half_a_letter_are_scored_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{**line, "prompt": f"Größe {line['tag']}"} for line in LINES]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, lines, monkeypatch)
+    part = tmp_path / "s.jsonl.part"
+    head, first, second, rest = part.read_bytes().split(b"\n")
+    assert rest == b""
+    part.write_bytes(b"\n".join([head, first, second[: second.index("ö".encode()) + 1]]))
+    with pytest.raises(KeyboardInterrupt):  # after the first two again
+        interrupted(tmp_path, lines, monkeypatch)
+    assert part.read_bytes().split(b"\n") == [head, first, second, b""]
+    assert interrupted(tmp_path, lines, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("content", ["rubbish\n", "[]\n", '{"rewards": []}\n7\n'])
+def test_a_damaged_part_file_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "s.jsonl.part").write_text(content)
+    assert interrupted(tmp_path, LINES, monkeypatch) == 2
+    assert "s.jsonl.part is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -163,7 +307,12 @@ def test_a_part_file_of_something_else_is_refused(
         (["--images", "IMAGES", "--rewards", "{reward_model: Geneval, detector: shapes}"], "requires 'metadata'"),
         (["--images", "IMAGES", "--output", "s.xml"], "--output s.xml: ends in '.xml'; write .jsonl, .csv, .parquet"),
         (["--images", "IMAGES", "--lr", "1"], "--lr is no option of score"),
-        (["--images", "BROKEN"], "cannot be read"),
+        (
+            ["--images", "IMAGES", "--rewards", "tests.rewards_for_tests.CannotBeBuilt"],
+            "reward 'CannotBeBuilt' requires 'prompt', which these images do not have; give --prompts FILE "
+            "(a line per image) or a .jsonl",
+        ),
+        (["--images", "IMAGES", "--rewards", "OCR"], "reward 'OCR' requires 'prompt', which these images do not have"),
         (["--images", "NOIMAGE"], 'entry 1: has no "image"'),
     ],
 )
@@ -178,12 +327,10 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.txt").write_text("a\nb\n")
     (tmp_path / "none.jsonl").write_text('{"prompt": "a star"}\n')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "x.png").write_text("no image")
-    places = {"IMAGES": images, "TWO": "two.txt", "BROKEN": "broken", "NOIMAGE": "none.jsonl"}
+    places = {"IMAGES": images, "TWO": "two.txt", "NOIMAGE": "none.jsonl"}
     words = [str(places.get(word, word)) for word in arguments]
     before = set(tmp_path.rglob("*"))
-    assert cli.main(["score", *(["--rewards", BRIGHTNESS] if "--rewards" not in words else []), *words]) == 2
+    assert cli.main(["score", *(["--rewards", REDNESS] if "--rewards" not in words else []), *words]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
     assert [path for path in set(tmp_path.rglob("*")) - before if path.is_file()] == []

@@ -1,74 +1,203 @@
 """The watch for reward hacking, on evaluations and training rewards whose numbers are known, and in a run."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
+from PIL import Image
 
 from tests.tiny import run_values
 from tiltflow import cli
 from tiltflow.commands.evaluator import training_rewards
 from tiltflow.errors import DataError
-from tiltflow.evaluation import EvaluationResult, EvaluationRow, HackingWatch, hacking_signs, summarise
+from tiltflow.evaluation import EvaluationResult, EvaluationRow, HackingWatch, held_out, summarise
+from tiltflow.evaluation.statistics import paired_score
+from tiltflow.evaluation.watch import alarm_limit
+from tiltflow.rewards import RewardArguments
 from tiltflow.runtime.tracking import read_jsonl
 
 
-def result(level: float, *, name: str = "hps", prompts: int = 8) -> EvaluationResult:
+def result(level: float | None, *, name: str = "hps", prompts: int = 8) -> EvaluationResult:
     """Return an evaluation whose held-out scores lie around a level, a little different for each prompt."""
     rows = [
-        EvaluationRow(f"prompt {g}", s, g, {name: level + 0.01 * g + 0.001 * s}) for g in range(prompts) for s in (0, 1)
+        EvaluationRow(f"prompt {g}", s, g, {name: None if level is None else level + 0.01 * g + 0.001 * s})
+        for g in range(prompts)
+        for s in (0, 1)
     ]
     return EvaluationResult(name, {}, summarise(rows), rows)
 
 
+def watch(*levels: float | None, after: Sequence[float] | None = None, patience: int | None = None) -> HackingWatch:
+    """Return a watch that has seen evaluations of some levels while the training reward rose, or went as told."""
+    found = HackingWatch(["hps"], evaluations=10, patience=patience)
+    for level, training in zip(levels, after or range(len(levels)), strict=True):
+        found.observe(result(level), {"pick": float(training)})
+    return found
+
+
 def test_a_fall_beside_a_rise_is_a_sign() -> None:
-    (sign,) = hacking_signs(result(0.5), result(0.4), training_before={"pick": 1.0}, training_after={"pick": 1.5})
+    found = watch(0.5)
+    (sign,) = found.observe(result(0.4), {"pick": 0.5})
     assert (sign.held_out, sign.training) == ("hps", "pick")
     assert (sign.fall, sign.rise) == (pytest.approx(-0.1), pytest.approx(0.5))
-    assert str(sign) == "held-out reward 'hps' fell by 0.1 while the training reward 'pick' rose by 0.5"
+    assert sign.score < -10
+    assert str(sign) == ("held-out reward 'hps' fell by 0.1 since 'hps' while the training reward 'pick' rose by 0.5")
 
 
 @pytest.mark.parametrize(
     ("later", "after"),
-    [(0.5, {"pick": 1.5}), (0.6, {"pick": 1.5}), (0.4, {"pick": 1.0}), (0.4, {"pick": 0.5}), (0.4, {})],
+    [(0.5, {"pick": 1.5}), (0.6, {"pick": 1.5}), (0.4, {"pick": 0.0}), (0.4, {"pick": -0.5}), (0.4, {})],
 )
 def test_no_fall_or_no_rise_is_none(later: float, after: dict[str, float]) -> None:
-    assert hacking_signs(result(0.5), result(later), training_before={"pick": 1.0}, training_after=after) == []
+    assert watch(0.5).observe(result(later), after) == []
 
 
 def test_a_fall_within_the_noise_is_none() -> None:
-    earlier, later = result(0.5), result(0.5)
+    later = result(0.5)
     for row in later.rows:
         row.scores["hps"] += 0.05 if row.group % 2 else -0.06  # type: ignore[index,operator]
-    assert hacking_signs(earlier, later, training_before={"pick": 1.0}, training_after={"pick": 1.5}) == []
-
-
-def test_a_reward_that_is_trained_on_is_no_witness() -> None:
-    rewards = {"training_before": {"hps": 1.0, "pick": 1.0}, "training_after": {"hps": 0.5, "pick": 1.5}}
-    assert hacking_signs(result(0.5), result(0.4), **rewards) == []
+    assert watch(0.5).observe(later, {"pick": 1.5}) == []
 
 
 def test_evaluations_of_other_prompts_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="not of the same prompts"):
-        hacking_signs(result(0.5), result(0.4, prompts=7), training_before={"a": 0.0}, training_after={"a": 1.0})
+        watch(0.5).observe(result(0.4, prompts=7), {"pick": 1.0})
 
 
-def test_the_watch_compares_with_the_last_good_evaluation_and_loses_its_patience() -> None:
-    watch = HackingWatch(patience=2)
+def test_it_compares_with_the_best_evaluation_and_loses_its_patience() -> None:
+    found = HackingWatch(["hps"], evaluations=10, patience=2)
     for level, reward, streak in ((0.5, 1.0, 0), (0.52, 1.2, 0), (0.50, 1.4, 1), (0.53, 1.5, 0), (0.4, 1.6, 1)):
-        watch.observe(result(level), {"pick": reward})
-        assert (watch.streak, watch.should_stop) == (streak, False)
-    # falling no further, but still below the last good one
-    assert watch.observe(result(0.45), {"pick": 1.7})
-    assert (watch.streak, watch.should_stop) == (2, True)
+        found.observe(result(level), {"pick": reward})
+        assert (found.streak, found.should_stop) == (streak, False)
+    # falling no further, but still below the best one
+    assert found.observe(result(0.45), {"pick": 1.7})
+    assert (found.streak, found.should_stop) == (2, True)
 
 
 def test_without_patience_it_only_warns() -> None:
-    watch = HackingWatch(patience=None)
-    for level in (0.5, 0.4, 0.3, 0.2):
-        watch.observe(result(level), {"pick": 1 - level})
-    assert (watch.streak, watch.should_stop) == (3, False)
+    found = watch(0.5, 0.4, 0.3, 0.2)
+    assert (found.streak, found.should_stop) == (3, False)
+
+
+def test_each_held_out_reward_has_its_own_best() -> None:
+    """One stood best at first, the other later: both falls are told, each since its own best."""
+    found = HackingWatch(["a", "b"], evaluations=5, patience=None)
+
+    def both(a: float, b: float, name: str) -> EvaluationResult:
+        rows = [
+            replace(row, scores={"a": a + row.scores["hps"], "b": b + row.scores["hps"]})  # type: ignore[operator]
+            for row in result(0.0).rows
+        ]
+        return EvaluationResult(name, {}, {}, rows)
+
+    assert found.observe(both(0.5, 0.1, "first"), {"pick": 0.0}) == []
+    assert [sign.held_out for sign in found.observe(both(0.4, 0.5, "second"), {"pick": 1.0})] == ["a"]
+    signs = found.observe(both(0.4, 0.3, "third"), {"pick": 2.0})
+    assert [(sign.held_out, sign.since, sign.rise) for sign in signs] == [("a", "first", 2.0), ("b", "second", 1.0)]
+
+
+def test_a_reward_without_values_is_mute_and_no_fall() -> None:
+    found = watch(0.5)
+    assert found.observe(result(None), {"pick": 1.0}) == []
+    assert found.mute == ["hps"] and found.streak == 0
+    assert found.observe(result(0.4), {"pick": 2.0}) and found.mute == []
+    found.observe(result(0.5, prompts=1), {"pick": 2.0})
+    assert found.mute == ["hps"]  # one prompt tells nothing about others
+
+
+def test_kept_evaluations_hold_no_pictures() -> None:
+    found = HackingWatch(["hps"], evaluations=3, patience=None)
+    found.observe(replace(result(0.5), pictures={"a.png": Image.new("RGB", (2, 2))}), {})
+    assert all(not kept.pictures for kept, _ in found._best.values())
+
+
+# Many comparisons
+
+PROMPTS, EVALUATIONS = 64, 40
+CHANCE = math.sqrt(2 / PROMPTS)  # standard error of the difference of two evaluations whose images have the noise 1
+
+
+def told(scores: NDArray[np.float64], *, patience: int) -> tuple[int, int | None]:
+    """Return how many evaluations `[E + 1, prompts]` were warned of, and which of them would end the run."""
+    found = HackingWatch(["hps"], evaluations=len(scores) - 1, patience=patience)
+    warnings, end = 0, None
+    for number, values in enumerate(scores):
+        rows = [EvaluationRow("", 0, group, {"hps": value}) for group, value in enumerate(values.tolist())]
+        warnings += bool(found.observe(EvaluationResult(str(number), {}, {}, rows), {"pick": float(number)}))
+        end = number if end is None and found.should_stop else end
+    return warnings, end
+
+
+def noise(seed: int) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).standard_normal((EVALUATIONS + 1, PROMPTS))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_slow_fall_stops_the_run(seed: int) -> None:
+    """Six standard errors over forty evaluations: none of them shows a fall beside its neighbour."""
+    fall = np.linspace(0, 6 * CHANCE, EVALUATIONS + 1)[:, None]
+    warnings, end = told(noise(seed) - fall, patience=3)
+    assert end is not None and end < EVALUATIONS and warnings >= 3
+
+
+def test_a_run_in_which_nothing_falls_is_seldom_warned() -> None:
+    """Flat noise: a warning in 5 of 100 runs at most, two in a row in 1 (of 1,000 runs: 29 and 1)."""
+    outcomes = [told(noise(seed), patience=2) for seed in range(100)]
+    assert sum(warnings > 0 for warnings, _ in outcomes) <= 5
+    assert sum(end is not None for _, end in outcomes) <= 1
+
+
+def test_the_bar_is_that_of_all_pairs() -> None:
+    assert alarm_limit(1, 1) == pytest.approx(1.6449, abs=1e-4)  # one pair, one side: 5%
+    assert alarm_limit(1, 40) == pytest.approx(3.842, abs=1e-3)  # 820 pairs
+    assert alarm_limit(2, 40) > alarm_limit(1, 40) > alarm_limit(1, 10)
+
+
+@pytest.mark.parametrize(
+    ("t", "prompts", "z"),
+    # two-sided 5%, 1% and 0.1% points of Student's t, and of the normal distribution
+    [(2.5706, 6, 1.9600), (4.0321, 6, 2.5758), (6.8688, 6, 3.2905), (2.2622, 10, 1.9600), (3.3905, 64, 3.2331)],
+)
+def test_few_prompts_count_for_few(t: float, prompts: int, z: float) -> None:
+    values = np.linspace(-1, 1, prompts)
+    values = values - values.mean()
+    changes = t * values.std(ddof=1) / math.sqrt(prompts) - values
+    mean, score = paired_score(changes, range(prompts))
+    assert mean == pytest.approx(changes.mean()) and score == pytest.approx(z, rel=0.01)
+    assert paired_score(-changes, range(prompts))[1] == pytest.approx(-score)
+
+
+def test_images_of_one_prompt_are_one_witness() -> None:
+    changes = [0.1, 0.3, -0.2, 0.5]
+    twice = paired_score([*changes, *changes], [0, 1, 2, 3, 0, 1, 2, 3])
+    assert twice == pytest.approx(paired_score(changes, [0, 1, 2, 3]))
+    assert paired_score([0.0, 0.0], [0, 1]) == (0.0, 0.0)
+    assert paired_score([-0.5, -0.5], [0, 1]) == (-0.5, -math.inf)
+    assert math.isnan(paired_score([1.0], [0])[1]) and math.isnan(paired_score([math.nan], [0])[0])
+
+
+# Who is a witness
+
+
+def entry(name: str, reward_model: str = "PickScore", **values: Any) -> RewardArguments:
+    return RewardArguments(name=name, reward_model=reward_model, **values)
+
+
+def test_rewards_are_known_by_what_they_are_and_not_by_their_names() -> None:
+    trained = [entry("a"), entry("b", "CLIP", weight=0.0)]
+    measured = [
+        entry("renamed"),  # is `a`
+        entry("a", "HPSv2"),  # only called so
+        entry("b", "CLIP"),  # of weight 0: watched, not trained on
+        entry("c", options={"divisor": 1.0}),
+    ]
+    assert held_out(measured, trained) == ["a", "b", "c"]
 
 
 def test_training_rewards_are_means_over_epochs() -> None:
@@ -93,24 +222,46 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_stays_stopped(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: epoch ")]
-    # the evaluation of epoch 2 is the first to compare with; those of 4 and 6 have fallen
-    assert [line.split(":")[1].strip() for line in told] == ["epoch 4", "epoch 6"]
-    assert "held-out reward 'held' fell by 1 while the training reward 'trained' rose by 2" in told[0]
+    # the evaluation before training is the first to compare with
+    assert [line.split(":")[1].strip() for line in told] == ["epoch 2", "epoch 4"]
+    assert "held-out reward 'held' fell by 1 since 'before' while the training reward 'trained' rose by 0." in told[0]
     rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert max(row["step"] for row in rows if "loss" in row) == 6
-    assert (tmp_path / "out" / "latest").resolve().name == "epoch_000006"
-    assert EvaluationResult.load(tmp_path / "out" / "evaluations" / "after.json").settings["epoch"] == 6
-    manifest = tmp_path / "out" / "epoch_000006" / "manifest.json"
+    assert max(row["step"] for row in rows if "loss" in row) == 4
+    assert (tmp_path / "out" / "latest").resolve().name == "epoch_000004"
+    assert EvaluationResult.load(tmp_path / "out" / "evaluations" / "after.json").settings["epoch"] == 4
+    manifest = tmp_path / "out" / "epoch_000004" / "manifest.json"
     written = manifest.stat().st_ino, manifest.stat().st_mtime_ns
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
-    assert max(row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
+    assert max(row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 4
     assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == written
 
 
-def test_early_stop_needs_something_to_watch(
+def test_a_held_out_reward_without_values_is_told_once(
     random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    values = run_values(
+        random_sd3,
+        tmp_path / "out",
+        train={"epochs": 4, "evaluate_every": 1, "save_every": 50},
+        eval_rewards=[{"name": "held", "reward_model": "tests.rewards_for_tests.AllNaN", "on_error": "mask"}],
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        "warning: epoch 1: held-out reward 'held' has no values to compare (not finite: the reward is NaN or "
+        "infinite), so it cannot tell reward hacking; mend it"
+    ]
+
+
+@pytest.mark.parametrize("same_reward_renamed", [False, True])
+def test_early_stop_needs_something_to_watch(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], same_reward_renamed: bool
+) -> None:
     values = run_values(random_sd3, tmp_path / "out", train={"early_stop": 2})
+    if same_reward_renamed:
+        values["train"]["evaluate_every"] = 1
+        values["eval_rewards"] = [{**values["rewards"][0], "name": "other"}]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
     assert "train.early_stop=2 compares evaluations of held-out rewards" in capsys.readouterr().err

@@ -16,7 +16,7 @@ QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after an error of the user's."""
+    """Run the command line and return its exit status: 0, 1 if a reward scored nothing, 2 after a user's error."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     sys.path.append(os.getcwd())  # rewards of the user's own live beside the config
@@ -152,10 +152,10 @@ def _sample(arguments: argparse.Namespace, overrides: Overrides) -> None:
     print("\n".join(str(path) for path in files))
 
 
-def _score(arguments: argparse.Namespace, overrides: Overrides) -> None:
+def _score(arguments: argparse.Namespace, overrides: Overrides) -> int:
     if overrides:
         raise ConfigError(f"--{overrides[0][0]} is no option of score; `tiltflow score --help` lists them")
-    from tiltflow.commands import run_scoring, summary_table
+    from tiltflow.commands import failure_causes, run_scoring, summary_table, without_score
 
     rows = run_scoring(
         images=arguments.images,
@@ -167,6 +167,12 @@ def _score(arguments: argparse.Namespace, overrides: Overrides) -> None:
     )
     print(summary_table(rows))
     print(f"rows: {arguments.output}")
+    causes, useless = failure_causes(rows), without_score(rows)
+    if causes:
+        print(causes, file=sys.stderr)
+    if useless:
+        print(f"tiltflow score: no image has a score from: {', '.join(useless)}", file=sys.stderr)
+    return 1 if useless else 0
 
 
 def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> None:

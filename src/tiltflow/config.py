@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
-from tiltflow.evaluation import EvaluationConfig
+from tiltflow.evaluation import EvaluationConfig, held_out
 from tiltflow.policies.sd3 import SD3Config
 from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
 from tiltflow.rewards.registry import check_reward
@@ -57,10 +57,11 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _watch_has_something_to_see(self) -> "RunConfig":
-        if self.train.early_stop is not None and not (self.eval_rewards and self.train.evaluate_every):
+        watched = held_out(self.eval_rewards or self.rewards, self.rewards)
+        if self.train.early_stop is not None and not (watched and self.train.evaluate_every):
             raise ValueError(
                 f"train.early_stop={self.train.early_stop} compares evaluations of held-out rewards: set "
-                "train.evaluate_every and eval_rewards, or leave it out"
+                "train.evaluate_every, and eval_rewards that are not trained on, or leave it out"
             )
         return self
 

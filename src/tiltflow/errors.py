@@ -27,3 +27,7 @@ class TrainingError(TiltflowError):
 
 class RewardError(TiltflowError):
     """A reward cannot be built, or failed where failing is not allowed."""
+
+
+class RewardOutage(RewardError):
+    """Rewards failed so that an epoch was given up, on every process alike; nothing was learnt from it."""

@@ -5,7 +5,7 @@ from tiltflow.commands.doctor import doctor_report
 from tiltflow.commands.evaluate import run_evaluation
 from tiltflow.commands.pretrain import run_pretraining
 from tiltflow.commands.sample import run_sampling
-from tiltflow.commands.score import run_scoring, summary_table
+from tiltflow.commands.score import failure_causes, run_scoring, summary_table, without_score
 from tiltflow.commands.train import run_training
 
 __all__ = [
@@ -13,10 +13,12 @@ __all__ = [
     "build_policy",
     "build_trainer",
     "doctor_report",
+    "failure_causes",
     "run_evaluation",
     "run_pretraining",
     "run_sampling",
     "run_scoring",
     "run_training",
     "summary_table",
+    "without_score",
 ]

@@ -55,6 +55,9 @@ def build_engines(config: RunConfig, distributed: Distributed) -> tuple[RewardEn
     """Build the engines of the training rewards and of the evaluation rewards (the same one where none are given).
 
     Equal rewards of the two share one model.
+
+    Raises:
+        RewardError: A reward cannot be built here; where only another process failed, a TiltflowError that names it.
     """
     models: dict[str, RewardModel] = {}
     shared = shared_entries([*config.rewards, *config.eval_rewards])
@@ -65,8 +68,9 @@ def build_engines(config: RunConfig, distributed: Distributed) -> tuple[RewardEn
             models[key] = build_reward_model(shared[key], distributed.accelerator)
         return models[key]
 
-    training = RewardEngine(config.rewards, factory=factory)
-    return training, RewardEngine(config.eval_rewards, factory=factory) if config.eval_rewards else training
+    with distributed.together():
+        training = RewardEngine(config.rewards, factory=factory)
+        return training, RewardEngine(config.eval_rewards, factory=factory) if config.eval_rewards else training
 
 
 def build_trainer(config: RunConfig, distributed: Distributed, engine: RewardEngine | None = None) -> Trainer:
@@ -79,22 +83,24 @@ def build_trainer(config: RunConfig, distributed: Distributed, engine: RewardEng
         distributed: The processes.
         engine: The training rewards; None builds them.
     """
-    check_geometry(config.train, distributed.world_size)
-    prompts = load_prompts(config.data.prompts, split="train", blocklist=config.data.blocklist)
-    stream = PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares)
-    check_prompts(config.rewards, prompts, source=config.data.prompts)
+    with distributed.together():
+        check_geometry(config.train, distributed.world_size)
+        prompts = load_prompts(config.data.prompts, split="train", blocklist=config.data.blocklist)
+        stream = PromptStream(prompts, seed=config.seed, tag_shares=config.data.tag_shares)
+        check_prompts(config.rewards, prompts, source=config.data.prompts)
     algorithm, _ = ALGORITHMS[config.train.trainer_type]
     engine = engine or build_engines(config, distributed)[0]
-    return Trainer(
-        build_policy(config.policy, device=distributed.device, seed=config.seed),
-        algorithm(config.algorithm),
-        engine,
-        stream,
-        config=config.train,
-        sampler=config.sampler,
-        seed=config.seed,
-        distributed=distributed,
-    )
+    with distributed.together():
+        return Trainer(
+            build_policy(config.policy, device=distributed.device, seed=config.seed),
+            algorithm(config.algorithm),
+            engine,
+            stream,
+            config=config.train,
+            sampler=config.sampler,
+            seed=config.seed,
+            distributed=distributed,
+        )
 
 
 def build_policy(config: SD3Config, *, device: torch.device, seed: int) -> SD3Policy:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from tiltflow.errors import RewardError
-from tiltflow.rewards import REWARDS, reward_class
+from tiltflow.rewards import REWARDS, RewardModel, reward_class
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -21,8 +21,8 @@ class Finding:
     """
 
     reward: str
-    importable: str  # "yes", or what is missing
-    weights: str  # "found", "none needed", or what is missing
+    importable: str  # "yes", or what is missing, for some option at least
+    weights: str  # "found", "none needed", what is missing, or the option that decides it
     device: str  # where it would compute
 
 
@@ -56,16 +56,29 @@ def _examine(name: str, device: str) -> Finding:
         cls = reward_class(name)
     except RewardError as error:
         return Finding(name, f"no: {error}", "-", "-")
+    if cls.remote:
+        device = "another process"
+    return Finding(name, _importable(cls), _weights(cls), "cpu" if cls.cpu_only else device)
+
+
+def _importable(cls: type[RewardModel]) -> str:
     absent = [package for package in cls.packages if find_spec(package) is None]
+    if absent:
+        return f"no: needs {', '.join(absent)}"
+    lacking = [f"{option}: needs {name}" for option, name in cls.option_packages.items() if find_spec(name) is None]
+    return f"yes, but {'; '.join(lacking)}" if lacking else "yes"
+
+
+def _weights(cls: type[RewardModel]) -> str:
+    """Say what the reward needs beside its packages, with its default options."""
+    required = [name for name, field in cls.Options.model_fields.items() if field.is_required()]
+    needed = list(dict.fromkeys([*cls.needed_options, *required]))
+    if needed:  # without them nobody can tell what would be loaded
+        return f"needs option {', '.join(needed)}"
     weights = cls.published_weights(cls.Options())
     missing = [each.label for each in weights if each.find() is None]
     found = "found" if weights else "none needed"
-    return Finding(
-        name,
-        f"no: needs {', '.join(absent)}" if absent else "yes",
-        f"missing: {', '.join(missing)}" if missing else found,
-        device,
-    )
+    return f"missing: {', '.join(missing)}" if missing else found
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,8 @@ from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewa
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts
+from tiltflow.policies.sd3 import SD3Config, SD3Policy
+from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import load_weights
 
@@ -43,6 +44,7 @@ def run_evaluation(
     Raises:
         ConfigError: An argument is missing, unknown or wrong.
         CheckpointError: The checkpoint is damaged or none at all.
+        RewardError: A reward is unknown, an option of it is wrong (both before any model is loaded), or it fails.
     """
     policy_values, found = find_policy(checkpoint, model_name)
     values = {"policy": policy_values, "evaluation": found.evaluation.model_dump() if found else {}}
@@ -51,14 +53,13 @@ def run_evaluation(
     if source is None:
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
     lines = load_prompts(source, split="test", blocklist=found.data.blocklist if found else ())
-    arguments = _rewards(rewards, found, config.policy.model_name)
+    arguments = _checked_rewards(rewards, found, config.policy.model_name)
     check_prompts(arguments, lines, source=source)
     distributed = Distributed()
     try:
-        engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, distributed.accelerator))
-        policy = build_policy(config.policy, device=distributed.device, seed=found.seed if found else 0)
-        if checkpoint is not None:
-            load_weights(policy, checkpoint)
+        with distributed.together():
+            engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, distributed.accelerator))
+            policy = _policy(config.policy, checkpoint, device=distributed.device, seed=found.seed if found else 0)
         directory = output_dir or (checkpoint.parent / "evaluate" if checkpoint else Path("outputs", "evaluate"))
         with torch.no_grad(), policy.weights.using("ema"):
             result = evaluate(
@@ -82,6 +83,21 @@ def run_evaluation(
 def _name(checkpoint: Path | None, model_name: str) -> str:
     """Return what a result is called: the checkpoint's folder, or the model's name as a file name."""
     return checkpoint.resolve().name if checkpoint else re.sub(r"[^\w.-]+", "_", model_name).strip("._-")
+
+
+def _policy(config: SD3Config, checkpoint: Path | None, *, device: torch.device, seed: int) -> SD3Policy:
+    policy = build_policy(config, device=device, seed=seed)
+    if checkpoint is not None:
+        load_weights(policy, checkpoint)
+    return policy
+
+
+def _checked_rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:
+    """Return the rewards to measure with after checking their options, before any is built."""
+    arguments = _rewards(text, found, model_name)
+    for entry in arguments:
+        check_reward(entry)
+    return arguments
 
 
 def _rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:

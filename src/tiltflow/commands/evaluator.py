@@ -1,5 +1,6 @@
 """Evaluations of a run: before, in between and after, each once, watched for reward hacking."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from PIL import Image
 from tiltflow.algorithms import Snapshot
 from tiltflow.commands.build import described
 from tiltflow.config import RunConfig
-from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate
+from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate, held_out
 from tiltflow.rewards import RewardEngine
 from tiltflow.runtime.files import remove
 from tiltflow.runtime.tracking import TrackerGroup, read_jsonl
@@ -48,7 +49,12 @@ class Evaluator:
         self._run = config
         self._directory = directory
         self.trackers = TrackerGroup([])  # told the `eval/` metrics and pictures
-        self._watch = HackingWatch(patience=config.train.early_stop)
+        every = config.train.evaluate_every or config.train.epochs
+        self._held_out = held_out(engine.rewards, trainer.engine.rewards)
+        self._watch = HackingWatch(
+            self._held_out, evaluations=(config.train.epochs - 1) // every, patience=config.train.early_stop
+        )
+        self._told_mute: set[str] = set()
         self.should_stop = False
         self._distributed = trainer.distributed
         self._engine = engine
@@ -80,18 +86,38 @@ class Evaluator:
         if every is None or not 0 < epoch < self._run.train.epochs or epoch % every != 0:
             return
         result = self.once(_name(epoch), "ema", epoch=epoch, status=status)
-        if result is not None and self._run.eval_rewards:
+        if result is not None:
             self._observe(result, epoch, quiet=False)
         self.should_stop = self._distributed.gather(self._watch.should_stop)[0]
 
     def _observe(self, result: EvaluationResult, epoch: int, *, quiet: bool) -> None:
+        if not self._held_out:
+            return
         every = self._run.train.evaluate_every or epoch
         rows = read_jsonl(self._directory.parent / METRICS_FILE)
+        if self._watch.seen == 0:
+            # What the policy was before training is told by the evaluation "before" and by the rollouts of epoch 1.
+            before, start = self._known("before", 0), self._training([row for row in rows if row["step"] == 1])
+            if before is not None and start:
+                self._watch.observe(before, start)
         window = [row for row in rows if epoch - every < row["step"] <= epoch]
-        signs = self._watch.observe(result, training_rewards(window))
-        if not quiet:
-            for sign in signs:
-                print(f"warning: epoch {epoch}: {sign}; this looks like reward hacking", file=sys.stderr)
+        signs = self._watch.observe(result, self._training(window))
+        if quiet:
+            return
+        for sign in signs:
+            print(f"warning: epoch {epoch}: {sign}; this looks like reward hacking", file=sys.stderr)
+        for name in [name for name in self._watch.mute if name not in self._told_mute]:
+            self._told_mute.add(name)
+            print(f"warning: epoch {epoch}: {_mute_message(name, result)}", file=sys.stderr)
+
+    def _training(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the means of the rewards that are trained on, turned so that training wants more of each."""
+        means = training_rewards(rows)
+        entries = [entry for entry in self._trainer.engine.rewards if entry.weight != 0 and entry.name in means]
+        return {
+            entry.name if entry.weight > 0 else f"-{entry.name}": math.copysign(1, entry.weight) * means[entry.name]
+            for entry in entries
+        }
 
     def once(
         self, name: str, snapshot: Snapshot, *, epoch: int, status: Callable[[str], None]
@@ -164,6 +190,12 @@ def training_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if key.startswith(prefix) and key.endswith(suffix) and value is not None:
                 found.setdefault(key[len(prefix) : -len(suffix)], []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _mute_message(name: str, result: EvaluationResult) -> str:
+    causes = [row.info.get(name, {}).get("failure") for row in result.rows]
+    cause = next((str(cause) for cause in causes if cause), "fewer than two evaluation prompts")
+    return f"held-out reward {name!r} has no values to compare ({cause}), so it cannot tell reward hacking; mend it"
 
 
 def _name(epoch: int) -> str:

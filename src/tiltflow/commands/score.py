@@ -1,29 +1,33 @@
 """`tiltflow score`: image files, their prompts and rewards; a table on the screen and a row per image on the disk."""
 
-import csv
-import io
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
+from tiltflow.commands.score_files import PartFile, check_output, write_rows
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.data.images import ImageFile, find_images
-from tiltflow.errors import ConfigError, DataError
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
+from tiltflow.errors import ConfigError, DataError, RewardError
+from tiltflow.rewards import (
+    RewardArguments,
+    RewardEngine,
+    build_reward_model,
+    check_prompts,
+    check_reward,
+    reward_class,
+)
 from tiltflow.runtime.distributed import Distributed
-from tiltflow.runtime.files import make_folder, write_atomically
+from tiltflow.runtime.files import make_folder
+from tiltflow.runtime.plain import finite_or_none, plain
 from tiltflow.types import RewardTable
 
 CHUNK = 64  # images in memory, and rows between two writes
-FORMATS = (".jsonl", ".csv", ".parquet")
-_PLAIN = (bool, int, float, str)
 
 
 def run_scoring(
@@ -44,19 +48,17 @@ def run_scoring(
 
     Raises:
         ConfigError: An argument is wrong.
-        DataError: An image or prompt cannot be read, or the part file is of other images or rewards.
+        DataError: There are no images, a prompt cannot be read, or the part file is of another scoring.
         RewardError: A reward cannot be built, or requires what the images do not have.
     """
-    if output.suffix not in FORMATS:
-        raise ConfigError(f"--output {output}: ends in {output.suffix!r}; write {', '.join(FORMATS)}")
+    check_output(output)
     arguments = _arguments(rewards, batch_size)
     files = find_images(images, prompts)
     if len(files) % group_size:
         raise ConfigError(f"--group_size {group_size} does not divide the {len(files)} images of {images!r}")
+    _check_has_prompts(arguments, files)
     check_prompts(arguments, [file.prompt for file in files], source=images)
-    if output.suffix == ".parquet":
-        _parquet()
-    part = _Part(output.with_name(f"{output.name}.part"), arguments, files)
+    part = PartFile(output.with_name(f"{output.name}.part"), arguments, files, group_size=group_size)
     rows = part.read()
     if len(rows) < len(files):
         accelerator = Distributed().accelerator
@@ -69,7 +71,7 @@ def run_scoring(
                 chunk = files[start : start + per_chunk]
                 rows += part.append(_score(engine, chunk, first_group=start // group_size, group_size=group_size))
                 bar.advance(task, len(chunk))
-    _write(output, rows)
+    write_rows(output, rows)
     part.remove()
     return rows
 
@@ -92,41 +94,28 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-class _Part:
-    """Rows that are already there, in a JSONL file whose first line says of what."""
+def failure_causes(rows: Sequence[Mapping[str, Any]], *, limit: int = 5) -> str:
+    """Return the commonest causes of failures as plain text, a line each; "" when nothing failed.
 
-    def __init__(self, path: Path, rewards: Sequence[RewardArguments], files: Sequence[ImageFile]):
-        self._path = path
-        self._images = [str(file.path) for file in files]
-        self._head = {"rewards": [reward.model_dump(mode="json") for reward in rewards], "images": len(files)}
+    Causes that differ only in the name of the image count together.
+    """
+    images: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, text in row["failures"].items():
+            images.setdefault((name, text.replace(row["image"], "...")), []).append(row["image"])
+    found = sorted(images.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"{name} failed on {len(failed)} of {len(rows)} images, first on {failed[0]}: {cause}"
+        for (name, cause), failed in found[:limit]
+    ]
+    more = len(found) - limit
+    return "\n".join([*lines, *([f"and {more} more causes"] if more > 0 else [])])
 
-    def read(self) -> list[Mapping[str, Any]]:
-        """Return the rows of an interrupted scoring; a half-written last line is dropped."""
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text(encoding="utf-8").split("\n")
-        complete = lines[:-1]  # the last one has no newline: it is empty, or was cut
-        try:
-            head, *rows = [json.loads(line) for line in complete]
-        except ValueError as error:
-            raise DataError(f"{self._path} is damaged ({error}); remove it to start afresh") from error
-        done = [row["image"] for row in rows]
-        if head != self._head or done != self._images[: len(done)]:
-            raise DataError(f"{self._path} is of other images or rewards; remove it, or choose another --output")
-        if lines[-1]:
-            write_atomically(self._path, "".join(f"{line}\n" for line in complete))
-        return rows
 
-    def append(self, rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Add rows to the file and return them."""
-        new = [] if self._path.exists() else [self._head]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in (*new, *rows)))
-        return rows
-
-    def remove(self) -> None:
-        """Remove the file: the rows are in the output now."""
-        self._path.unlink(missing_ok=True)
+def without_score(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the rewards that scored no image at all."""
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    return [name for name in names if all(row["scores"][name] is None for row in rows)]
 
 
 def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]:
@@ -140,64 +129,59 @@ def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]
     return arguments
 
 
+def _check_has_prompts(rewards: Sequence[RewardArguments], files: Sequence[ImageFile]) -> None:
+    """Refuse images without a prompt where a reward reads it: a score against no text says nothing."""
+    readers = [reward for reward in rewards if "prompt" in reward_class(reward.reward_model).required_fields]
+    if readers and not all(file.prompt.text for file in files):
+        raise RewardError(
+            f"reward {readers[0].name!r} requires 'prompt', which these images do not have; give --prompts FILE "
+            "(a line per image) or a .jsonl"
+        )
+
+
 def _score(
     engine: RewardEngine, files: Sequence[ImageFile], *, first_group: int, group_size: int
 ) -> list[Mapping[str, Any]]:
-    with engine.begin(group_size=group_size) as scoring:
-        groups = [first_group + index // group_size for index in range(len(files))]
-        scoring.add([file.prompt for file in files], groups, images=[file.load() for file in files])
+    """Return a row per file; a group whose image cannot be read is scored without it."""
+    loaded = [_load(file) for file in files]
+    images = {place: image for place, image in enumerate(loaded) if isinstance(image, Tensor)}
+    with engine.begin() as scoring:
+        groups = [first_group + place // group_size for place in images]
+        scoring.add([files[place].prompt for place in images], groups, images=list(images.values()))
         table = scoring.finish()
-    return [_row(file, table, index) for index, file in enumerate(files)]
+    places = {place: index for index, place in enumerate(images)}
+    return [
+        _failed_row(files[place], engine.names, image)
+        if isinstance(image, DataError)
+        else _row(files[place], table, places[place])
+        for place, image in enumerate(loaded)
+    ]
+
+
+def _load(file: ImageFile) -> Tensor | DataError:
+    try:
+        return file.load()
+    except DataError as error:  # this image's rows tell it; the others can still be scored
+        return error
+
+
+def _failed_row(file: ImageFile, names: Sequence[str], error: DataError) -> Mapping[str, Any]:
+    scores = dict.fromkeys(names)
+    failures = {name: f"DataError: {error}" for name in names}
+    return {"image": str(file.path), "prompt": file.prompt.text, "scores": scores, "info": {}, "failures": failures}
 
 
 def _row(file: ImageFile, table: RewardTable, index: int) -> Mapping[str, Any]:
     scores = {name: table.scores[index, column].item() for column, name in enumerate(table.names)}
     failed = {f.reward: f"{f.kind}: {f.message}" for f in table.failures if index in f.samples}
     info = {
-        name: {key: cells[index] for key, cells in columns.items() if isinstance(cells[index], _PLAIN)}
+        name: {key: plain(cells[index]) for key, cells in columns.items() if cells[index] is not None}
         for name, columns in table.extra_info.items()
     }
     return {
         "image": str(file.path),
         "prompt": file.prompt.text,
-        "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
+        "scores": {name: finite_or_none(value) for name, value in scores.items()},
         "info": {name: cells for name, cells in info.items() if cells},
         "failures": failed,
     }
-
-
-def _write(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if output.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        write_atomically(output, text)
-        return
-    flat = [_flat(row) for row in rows]
-    keys = list(dict.fromkeys(key for row in flat for key in row))
-    buffer = io.BytesIO()
-    if output.suffix == ".csv":
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, keys, restval="")
-        writer.writeheader()
-        writer.writerows(flat)
-        buffer.write(text.getvalue().encode())
-    else:
-        arrow, parquet = _parquet()
-        parquet.write_table(arrow.table({key: [row.get(key) for row in flat] for key in keys}), buffer)
-    write_atomically(output, buffer.getvalue())
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as columns: `image`, `prompt`, a column per reward, `<reward>.<key>` and `<reward>.failure`."""
-    info = {f"{name}.{key}": value for name, cells in row["info"].items() for key, value in cells.items()}
-    failed = {f"{name}.failure": text for name, text in row["failures"].items()}
-    return {"image": row["image"], "prompt": row["prompt"], **row["scores"], **info, **failed}
-
-
-def _parquet() -> tuple[Any, Any]:
-    try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"a .parquet output needs the package pyarrow, which is not installed ({error}); install it with: "
-            "pip install 'tiltflow[parquet]', or write .jsonl or .csv"
-        ) from error

@@ -10,7 +10,7 @@ from tiltflow.commands.build import CONFIG_FILE, build_engines, build_trainer
 from tiltflow.commands.evaluator import Evaluator
 from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
 from tiltflow.data import load_prompts
-from tiltflow.errors import ConfigError
+from tiltflow.errors import ConfigError, RewardOutage
 from tiltflow.report import write_report
 from tiltflow.rewards import check_prompts
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
@@ -48,8 +48,9 @@ def run_training(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
     distributed = Distributed()
     run_dir = Path(str(config.output_dir))
     try:
-        eval_prompts = load_prompts(config.data.eval_prompts, split="test", blocklist=config.data.blocklist)
-        check_prompts(config.eval_rewards or config.rewards, eval_prompts, source=config.data.eval_prompts)
+        with distributed.together():
+            eval_prompts = load_prompts(config.data.eval_prompts, split="test", blocklist=config.data.blocklist)
+            check_prompts(config.eval_rewards or config.rewards, eval_prompts, source=config.data.eval_prompts)
         engine, eval_engine = build_engines(config, distributed)
         trainer = build_trainer(config, distributed, engine)
         evaluator = Evaluator(config, trainer, eval_engine, eval_prompts, directory=run_dir / "evaluations")
@@ -73,7 +74,7 @@ def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Pat
             evaluator.if_due(trainer.epoch, status=bar.status)  # a kill may have come between save and evaluation
             bar.begin()
             while trainer.epoch < config.train.epochs and not evaluator.should_stop:
-                epoch = trainer.run_epoch(trainer.epoch + 1, status=bar.status)
+                epoch = _run_epoch(trainer, config, store, bar)
                 _after_epoch(epoch, trainer, config, store, trackers, bar)
                 evaluator.if_due(epoch.number, status=bar.status)
             _save_if_stopped(trainer, config, store)
@@ -81,6 +82,20 @@ def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Pat
     with distributed.together():
         if distributed.is_main:
             print(f"report: {write_report(run_dir)}")
+
+
+def _run_epoch(trainer: Trainer, config: RunConfig, store: CheckpointStore, bar: ProgressBar) -> Epoch:
+    """Run the next epoch; when its rewards fail, save what was learnt before it.
+
+    Raises:
+        RewardOutage: They failed; says what is kept.
+    """
+    try:
+        return trainer.run_epoch(trainer.epoch + 1, status=bar.status)
+    except RewardOutage as error:
+        _save_if_stopped(trainer, config, store)
+        kept = f"the weights after epoch {trainer.epoch} are saved in {store.directory}" if trainer.epoch else ""
+        raise RewardOutage(f"{error}; {kept or 'no epoch was finished before this one'}") from error
 
 
 def _save_if_stopped(trainer: Trainer, config: RunConfig, store: CheckpointStore) -> None:

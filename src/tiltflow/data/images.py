@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from tiltflow.data.prompts import read_prompt_file
@@ -31,12 +31,12 @@ class ImageFile:
         """Return the image as RGB, float32 `[3, H, W]` in [0, 1].
 
         Raises:
-            DataError: The file is missing or is no image.
+            DataError: The file is missing, damaged or no image.
         """
         try:
             with Image.open(self.path) as file:
                 pixels = np.asarray(file.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # each format's reader fails on a damaged file in its own way
             raise DataError(f"image {self.path} cannot be read: {error}") from error
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
 

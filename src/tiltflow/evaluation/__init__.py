@@ -1,16 +1,10 @@
 """Checkpoint x prompts x rewards -> results with 95% intervals."""
 
 from tiltflow.evaluation.measure import EvaluationConfig, choose_prompts, evaluate, to_picture
-from tiltflow.evaluation.results import (
-    EvaluationResult,
-    EvaluationRow,
-    compare_table,
-    paired_difference,
-    summarise,
-    write_png,
-)
+from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, write_png
 from tiltflow.evaluation.statistics import Estimate, estimate, estimate_stratified
-from tiltflow.evaluation.watch import HackingWatch, Sign, hacking_signs
+from tiltflow.evaluation.summary import compare_table, paired_difference, summarise
+from tiltflow.evaluation.watch import HackingWatch, Sign, held_out
 
 __all__ = [
     "Estimate",
@@ -24,7 +18,7 @@ __all__ = [
     "estimate",
     "estimate_stratified",
     "evaluate",
-    "hacking_signs",
+    "held_out",
     "paired_difference",
     "summarise",
     "to_picture",

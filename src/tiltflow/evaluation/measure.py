@@ -16,10 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from tiltflow.errors import ConfigError, DataError
-from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, finite_or_none, plain, summarise
+from tiltflow.evaluation.results import EvaluationResult, EvaluationRow
+from tiltflow.evaluation.summary import summarise
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine
 from tiltflow.runtime.distributed import Distributed
+from tiltflow.runtime.plain import finite_or_none, plain
 from tiltflow.training.rollout import SamplerConfig, rollout
 from tiltflow.types import Config, Prompt, RewardTable, SampleBatch
 

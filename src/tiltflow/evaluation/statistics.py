@@ -88,6 +88,36 @@ def estimate_known(values: Floats, clusters: NDArray[Any], strata: NDArray[Any],
     return Estimate(value, float(low), float(high), count)
 
 
+def paired_score(changes: Sequence[float] | Floats, clusters: Sequence[int] | NDArray[Any]) -> tuple[float, float]:
+    """Return the mean change and how far it is from zero, in standard deviations of chance.
+
+    The score is the t statistic over the prompts' mean changes, carried over to the standard normal distribution
+    (Wallace 1959: z = (8n + 1) / (8n + 3) sqrt(n log(1 + t^2 / n)), n = prompts - 1), so that few prompts do not pass
+    for many. Unlike a bootstrap of 2,000 draws it reaches probabilities of one in a million.
+
+    Args:
+        changes: One per image, N; NaN is left out.
+        clusters: The prompt that each image belongs to, N.
+
+    Returns:
+        Both NaN for no change at all; the score NaN for a single prompt, infinite where all prompts change alike.
+    """
+    array, places = np.asarray(changes, dtype=np.float64), np.asarray(clusters)
+    known = np.isfinite(array)
+    array, places = array[known], places[known]
+    if len(array) == 0:
+        return math.nan, math.nan
+    means = np.array([array[places == place].mean() for place in np.unique(places)])
+    mean, free = float(means.mean()), len(means) - 1
+    if free == 0:
+        return mean, math.nan
+    error = float(means.std(ddof=1)) / math.sqrt(len(means))
+    if error == 0:
+        return mean, math.copysign(math.inf, mean) if mean else 0.0
+    t = mean / error
+    return mean, math.copysign((8 * free + 1) / (8 * free + 3) * math.sqrt(free * math.log1p(t * t / free)), t)
+
+
 def _drawn_means(values: Floats, clusters: NDArray[Any], generator: np.random.Generator, *, rate: bool) -> Floats:
     """Return plausible means of one stratum, `[RESAMPLES]`."""
     if rate and (values.min() == values.max() or len(np.unique(clusters)) < 2):

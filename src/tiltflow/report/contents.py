@@ -35,13 +35,18 @@ class Run:
         return [result for result in (self.before, self.after) if result is not None]
 
     @property
-    def epochs_planned(self) -> int | None:
-        """`train.epochs` of the config, where it can be read."""
+    def settings(self) -> dict[str, Any]:
+        """The config's content, empty where it cannot be read."""
         try:
             content = yaml.safe_load(self.config or "")
         except yaml.YAMLError:
-            return None
-        train = content.get("train") if isinstance(content, dict) else None
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """`train.epochs` of the config, where it can be read."""
+        train = self.settings.get("train")
         epochs = train.get("epochs") if isinstance(train, dict) else None
         return epochs if isinstance(epochs, int) else None
 
@@ -173,6 +178,29 @@ def verdict(key: str, before: Estimate, after: Estimate, difference: Estimate | 
     )
 
 
+def evaluation_curves(run: Run) -> dict[str, list[str]]:
+    """Return, per reward (its name in lower case), the `eval/` keys that sum it up: one, or strict and partial.
+
+    Counts of failures, single tags and what GenEval's leaderboard calls correct are left to the tables.
+    """
+    names = run.names("eval/")
+    judged = [name.removesuffix("_strict") for name in names if name.endswith("_strict")]
+    curves = {name: [key for key in (f"{name}_strict", f"{name}_partial") if key in names] for name in judged}
+    taken = tuple(f"{name}_{kind}" for name in judged for kind in ("strict", "correct", "partial"))
+    for key in names:
+        if key not in judged and not key.startswith(taken) and not key.endswith("_failures"):
+            curves[key] = [key]
+    return curves
+
+
+def held_out(run: Run) -> dict[str, bool]:
+    """Tell for each evaluated reward of the config (its name in lower case) whether it is not trained on."""
+    entries = _entries(run, "rewards")
+    trained = [_substance(entry) for entry in entries if entry.get("weight") != 0]
+    measured = _entries(run, "eval_rewards") or entries
+    return {str(entry.get("name")).lower(): _substance(entry) not in trained for entry in measured}
+
+
 def pairs(run: Run, *, limit: int) -> list[Pair]:
     """Return up to `limit` images, spread over all that both evaluations kept (or the only one that kept any)."""
     folder = run.folder / "evaluations"
@@ -287,3 +315,13 @@ def _tag_row(prefix: str, tag: str, summaries: Sequence[Any]) -> TagRow:
 
 def _is_between(key: str, prefix: str, suffix: str) -> bool:
     return key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
+
+
+def _entries(run: Run, key: str) -> list[dict[str, Any]]:
+    entries = run.settings.get(key)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _substance(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what makes an entry of rewards another reward, whatever its name."""
+    return {key: entry.get(key) for key in ("reward_model", "options", "dtype", "device")}

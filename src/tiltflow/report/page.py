@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def render(run: Run) -> str:
         progress=progress_text(run),
         cards=cards,
         sentences=sentences,
-        figures=figures(run),
+        rows_of_figures=[row for row in (reward_figures(run), update_figures(run)) if row],
         pairs=contents.pairs(run, limit=MAX_PAIRS),
         tag_tables=contents.tag_tables(run),
         timings=timings,
@@ -73,12 +74,21 @@ def render(run: Run) -> str:
     )
 
 
-def figures(run: Run) -> list[Figure]:
-    """Return the curves that the metrics allow."""
+def reward_figures(run: Run) -> list[Figure]:
+    """Return the curves of the training rewards and, beside them, one of each reward that evaluations measure."""
     found = [_reward_figure(run, name) for name in run.names("reward/", "/mean")]
-    found.append(_evaluation_figure(run))
+    held_out = contents.held_out(run)
+    found += [
+        _evaluation_figure(run, name, keys, held_out=held_out.get(name))
+        for name, keys in contents.evaluation_curves(run).items()
+    ]
+    return [figure for figure in found if figure.svg]
+
+
+def update_figures(run: Run) -> list[Figure]:
+    """Return the curves that tell how the updates went."""
     loss = run.curve("loss")[1]
-    found.append(
+    found = [
         _figure(
             run,
             "loss",
@@ -87,7 +97,7 @@ def figures(run: Run) -> list[Figure]:
             "rises.",
             log=spans_decades(loss),
         )
-    )
+    ]
     found.append(
         _figure(
             run,
@@ -163,21 +173,15 @@ def _reward_figure(run: Run, name: str) -> Figure:
     return Figure(f"Reward: {name}", text, Markup(line_chart([series], title=f"Reward {name} by epoch")))
 
 
-def _evaluation_figure(run: Run) -> Figure:
-    """Return one chart of the main `eval/` keys: overall values, no interval ends and no single tags."""
-    keys = [key for key in run.names("eval/") if key.endswith(("_strict", "_partial"))]
-    judged = {key.rpartition("_")[0] for key in keys}
-    endings = ("_low", "_high", "_failures", "_correct")
-    keys += [
-        key
-        for key in run.names("eval/")
-        if key not in keys and not key.endswith(endings) and not any(key.startswith(prefix) for prefix in judged)
-    ]
-    text = "Scores on the evaluation prompts, which training never sees."
-    series = [Series(key, *run.curve(f"eval/{key}")) for key in keys[:4]]
+def _evaluation_figure(run: Run, name: str, keys: Sequence[str], *, held_out: bool | None) -> Figure:
+    series = [Series(key, *run.curve(f"eval/{key}")) for key in keys]
     # Before and after alone stand in the table above: two points are no curve.
     drawn = [each for each in series if len(each.x) > 2]
-    return Figure("Evaluation while training", text, Markup(line_chart(drawn, title="Evaluation by epoch")))
+    text = "Mean on the evaluation prompts, which training never sees, from the same noise each time."
+    if held_out:
+        text += " Not trained on: a fall here while the training reward rises means that one is being gamed."
+    svg = Markup(line_chart(drawn, title=f"{name} on the evaluation prompts by epoch"))
+    return Figure(f"{'Held out' if held_out else 'Evaluation'}: {name}", text, svg)
 
 
 def _figure(run: Run, key: str, title: str, text: str, *, log: bool = False) -> Figure:

@@ -70,6 +70,9 @@ class RewardModel(ABC):
     times_itself: bool = False  # keeps to `config.timeout` by itself, request by request
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
+    option_packages: ClassVar[Mapping[str, str]] = {}  # own option -> optional package that is needed with it alone
+    needed_options: ClassVar[tuple[str, ...]] = ()  # own options without which the reward cannot be built
+    cpu_only: ClassVar[bool] = False  # computes on the CPU whatever `device` says
 
     def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):
         """Keep the config; a subclass loads its model after calling this.

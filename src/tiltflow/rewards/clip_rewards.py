@@ -12,6 +12,7 @@ from tiltflow.rewards.scorer_reward import PointwiseScorerReward, ScorerOptions,
 from tiltflow.scorers import ClipScorer
 from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder
 from tiltflow.scorers.clip import ClipScale
+from tiltflow.scorers.clip_loading import TokenizerFiles
 from tiltflow.types import Config
 
 HPS_FILES: Final = {
@@ -124,7 +125,8 @@ class HPSv2Reward(PointwiseScorerReward):
     @classmethod
     def published_weights(cls, options: HPSv2Options) -> Sequence[Weights]:
         """Return what is loaded."""
-        return () if options.checkpoint else (HPS_FILES[options.version],)
+        network = () if options.checkpoint else (HPS_FILES[options.version],)
+        return (*network, TokenizerFiles(options.tokenizer))
 
     def load_scorer(self, options: HPSv2Options) -> ClipScorer:
         """Return the network."""

@@ -82,10 +82,11 @@ class GenevalReward(PointwiseRewardModel):
         if options.detector != "mask2former" or options.weights:
             return ()
         # Only now: the drawn world's detector needs no networks.
+        from tiltflow.scorers.checkpoints import FirstOf
         from tiltflow.scorers.geneval_color import COLOR_MODEL
         from tiltflow.scorers.mask2former import GENEVAL_WEIGHTS
 
-        return (GENEVAL_WEIGHTS[0], COLOR_MODEL)
+        return (FirstOf(GENEVAL_WEIGHTS), COLOR_MODEL)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the detector.

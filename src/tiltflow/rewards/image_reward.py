@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tiltflow.rewards.base import Weights
 from tiltflow.rewards.scorer_reward import PointwiseScorerReward, ScorerOptions
+from tiltflow.scorers.checkpoints import FirstOf
 from tiltflow.scorers.image_reward import VOCABULARIES, WEIGHTS, ImageRewardScorer, image_reward_tokenizer
 
 
@@ -13,7 +14,7 @@ class ImageRewardReward(PointwiseScorerReward):
     @classmethod
     def published_weights(cls, options: ScorerOptions) -> Sequence[Weights]:
         """Return what is loaded."""
-        return (WEIGHTS, VOCABULARIES[0])
+        return (WEIGHTS, FirstOf(VOCABULARIES))
 
     def load_scorer(self, options: ScorerOptions) -> ImageRewardScorer:
         """Return the network."""

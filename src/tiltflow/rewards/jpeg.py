@@ -18,6 +18,7 @@ class JPEGCompressibilityReward(PointwiseRewardModel):
     """
 
     required_fields = ("image",)
+    cpu_only = True
 
     def __call__(
         self,

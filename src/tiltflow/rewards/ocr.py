@@ -102,6 +102,7 @@ class OCRReward(PointwiseRewardModel):
     required_fields = ("prompt", "image")
     Options = OCROptions
     packages = ("rapidocr", "onnxruntime", "rapidfuzz")
+    cpu_only = True
 
     @classmethod
     def check_prompt(cls, prompt: Prompt) -> None:

@@ -104,6 +104,33 @@ class WeightsFolder:
         )
 
 
+@dataclass(frozen=True)
+class FirstOf:
+    """Files of which any one will do.
+
+    Example: `FirstOf((WeightsFile("new.pth", page="..."), WeightsFile("old.pth", page="...")))`.
+    """
+
+    files: tuple[WeightsFile, ...]  # the best first
+
+    @property
+    def label(self) -> str:
+        """The best one's name."""
+        return self.files[0].label
+
+    def find(self) -> Path | None:
+        """Return the first that is there, or None."""
+        return next((path for file in self.files if (path := file.find()) is not None), None)
+
+    def require(self) -> Path:
+        """Return the first that is there.
+
+        Raises:
+            RewardError: None is; asks for the best.
+        """
+        return self.find() or self.files[0].require()
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a file of weights to the CPU: safetensors, or a torch file of tensors only (nothing in it is run).
 

@@ -1,6 +1,7 @@
 """CLIP networks and tokenizers from files: folders of transformers, checkpoints of open_clip."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,6 +111,33 @@ def read_clip_folder(folder: Path) -> CLIPModel:
     return model.eval()
 
 
+def tokenizer_folder(folders: Sequence[Path] = (), *, name: str | None = None) -> Path | None:
+    """Return the first folder that has CLIP's tokenizer; the arguments are those of `find_tokenizer`."""
+    if name is not None:
+        places = [WeightsFolder(name).find(), Path(name)]
+    else:
+        repos = [repo.rpartition("/")[2] for repo in TOKENIZER_REPOS]
+        places = [*folders, *(models_folder() / repo for repo in repos)]
+        places += [WeightsFolder(repo).find() for repo in TOKENIZER_REPOS]
+    return next((place for place in places if place is not None and _has_tokenizer(place)), None)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """CLIP's tokenizer as something that must be on this machine."""
+
+    name: str | None = None  # folder or hub repository that must have it; None: any place that is looked into
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return f"CLIP's tokenizer ({self.name or TOKENIZER_REPOS[-1]})"
+
+    def find(self) -> Path | None:
+        """Return its folder, or None."""
+        return tokenizer_folder(name=self.name)
+
+
 def find_tokenizer(folders: Sequence[Path] = (), *, name: str | None = None) -> CLIPTokenizer:
     """Load CLIP's tokenizer from the first place that has it.
 
@@ -120,15 +148,9 @@ def find_tokenizer(folders: Sequence[Path] = (), *, name: str | None = None) -> 
     Raises:
         RewardError: There is none; says where it was looked for and what to do.
     """
-    if name is not None:
-        places = [WeightsFolder(name).find(), Path(name)]
-    else:
-        repos = [repo.rpartition("/")[2] for repo in TOKENIZER_REPOS]
-        places = [*folders, *(models_folder() / repo for repo in repos)]
-        places += [WeightsFolder(repo).find() for repo in TOKENIZER_REPOS]
-    for folder in places:
-        if folder is not None and _has_tokenizer(folder):
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    folder = tokenizer_folder(folders, name=name)
+    if folder is not None:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     if name is not None:
         raise RewardError(f"tokenizer={name!r}: it has neither tokenizer.json nor vocab.json and merges.txt")
     beside = "".join(f"beside the model in {folder}, " for folder in folders)

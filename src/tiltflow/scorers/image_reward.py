@@ -11,7 +11,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.base import Images, Scorer
-from tiltflow.scorers.checkpoints import WeightsFile, load_strictly, read_weights
+from tiltflow.scorers.checkpoints import FirstOf, WeightsFile, load_strictly, read_weights
 from tiltflow.scorers.image_reward_weights import (
     ImageRewardSizes,
     convert_image_reward,
@@ -167,9 +167,7 @@ def image_reward_tokenizer() -> BertTokenizer:
     Raises:
         RewardError: It is nowhere.
     """
-    found = next((path for path in (file.find() for file in VOCABULARIES) if path is not None), None)
-    folder = (found or VOCABULARIES[0].require()).parent
-    tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = BertTokenizer.from_pretrained(FirstOf(VOCABULARIES).require().parent, local_files_only=True)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     return tokenizer
 

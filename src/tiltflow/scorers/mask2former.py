@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, Mask2FormerPreTrainedModel
 
 from tiltflow.errors import RewardError
-from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder, load_strictly
+from tiltflow.scorers.checkpoints import FirstOf, WeightsFile, WeightsFolder, load_strictly
 from tiltflow.scorers.mask2former_keys import convert_mmdet, mmdet_config, read_mmdet
 
 Resize = Literal["800px", "native"]
@@ -213,8 +213,7 @@ def find_mask2former(weights: str | None = None) -> Path:
         RewardError: It is missing; says which file, where to get it and where to put it.
     """
     if weights is None:
-        found = [path for file in GENEVAL_WEIGHTS if (path := file.find())]
-        return found[0] if found else GENEVAL_WEIGHTS[0].require()
+        return FirstOf(GENEVAL_WEIGHTS).require()
     if Path(weights).is_file():
         return Path(weights)
     if weights.endswith(_FILE_ENDINGS):

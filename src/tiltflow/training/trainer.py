@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiltflow.algorithms.base import Algorithm, Velocities
 from tiltflow.data.stream import PromptStream
-from tiltflow.errors import ConfigError, RewardError, TrainingError
+from tiltflow.errors import ConfigError, RewardOutage, TiltflowError, TrainingError
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine, Scoring
 from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
@@ -175,8 +175,11 @@ class Trainer:
             )
 
     def _score(self, scoring: Scoring) -> RewardTable:
-        with self.distributed.together():
-            table = scoring.finish()
+        try:
+            with self.distributed.together():
+                table = scoring.finish()
+        except TiltflowError as error:  # every rank has one: its own, or that another rank failed
+            raise RewardOutage(str(error)) from error
         self._limit_failures(table)
         return table
 
@@ -188,10 +191,10 @@ class Trainer:
             fraction = count / counts[-1].item()
             if weight != 0 and fraction > self.config.max_failure_fraction:
                 reasons = sorted({f"{f.kind}: {f.message}" for f in table.failures if f.reward == name})
-                raise RewardError(
+                raise RewardOutage(
                     f"reward {name!r} failed on {fraction:.0%} of the epoch's samples, more than "
                     f"train.max_failure_fraction={self.config.max_failure_fraction:.0%}; causes on this rank: "
-                    f"{'; '.join(reasons[:3]) or 'none'}. The last checkpoint is intact: mend the reward and run again"
+                    f"{'; '.join(reasons[:3]) or 'none'}; mend the reward and run again"
                 )
 
     def _advantages(self, samples: SampleBatch, table: RewardTable) -> tuple[ScoredBatch, dict[str, float]]:
@@ -216,7 +219,7 @@ class Trainer:
         """Accumulate the loss of every noised point of the epoch, then take one optimiser step."""
         total = self.distributed.sum(torch.tensor(float(len(scored)))).item()
         if total == 0:
-            raise RewardError("no sample of the epoch has a valid reward: there is nothing to learn from")
+            raise RewardOutage("no sample of the epoch has a valid reward: there is nothing to learn from")
         policy = Velocities(self.policy.velocity, self.policy.weights.using)
         sigmas = self.policy.sigmas(self.sampler.num_steps).cpu()
         # Every rank sums the same names, also one that has no row to learn from.
