@@ -159,7 +159,7 @@ def test_more_crops_than_one_pass_takes(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(RewardError, match="CLIP.s tokenizer was not found"):
+    with pytest.raises(RewardError, match=r"CLIP.s tokenizer was not found"):
         load_color_classifier(tmp_path)
 
 
