@@ -24,6 +24,7 @@ def test_every_reward_is_listed_with_what_it_lacks(
     assert "missing: sac+logos+ava1-l14-linearMSE.pth, openai/clip-vit-large-patch14" in rows["AestheticScore"]
     assert "missing: mask2former_swin-s" in rows["Geneval"]
     assert "no: needs rapidocr" in rows["OCR"] and "none needed" in rows["OCR"]
+    assert rows["RemotePointwiseRewardModel"].split()[1:] == ["yes", "on", "its", "server", "its", "server's"]
     assert rows["JPEGCompressibility"].split()[1:] == ["yes", "none", "needed", "cpu"]
 
 

@@ -147,7 +147,8 @@ def test_a_reward_knows_its_config_device_and_dtype() -> None:
 
 def test_built_in_geneval() -> None:
     builtins = (
-        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank"
+        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank "
+        "RemoteGroupwiseRewardModel RemotePointwiseRewardModel"
     )
     assert sorted(REWARDS) == builtins.split()
     assert reward_class("Geneval") is GenevalReward

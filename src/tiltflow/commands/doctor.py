@@ -22,7 +22,7 @@ class Finding:
 
     reward: str
     importable: str  # "yes", or what is missing
-    weights: str  # "found", "none needed", or what is missing
+    weights: str  # "found", "none needed", "on its server", or what is missing
     device: str  # where it would compute
 
 
@@ -57,12 +57,15 @@ def _examine(name: str, device: str) -> Finding:
     except RewardError as error:
         return Finding(name, f"no: {error}", "-", "-")
     absent = [package for package in cls.packages if find_spec(package) is None]
+    importable = f"no: needs {', '.join(absent)}" if absent else "yes"
+    if cls.remote:
+        return Finding(name, importable, "on its server", "its server's")
     weights = cls.published_weights(cls.Options())
     missing = [each.label for each in weights if each.find() is None]
     found = "found" if weights else "none needed"
     return Finding(
         name,
-        f"no: needs {', '.join(absent)}" if absent else "yes",
+        importable,
         f"missing: {', '.join(missing)}" if missing else found,
         device,
     )

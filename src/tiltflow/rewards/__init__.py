@@ -17,11 +17,14 @@ from tiltflow.rewards.registry import (
     identity,
     reward_class,
 )
+from tiltflow.rewards.remote import RemoteGroupwiseRewardModel, RemotePointwiseRewardModel
 
 __all__ = [
     "REWARDS",
     "GroupwiseRewardModel",
     "PointwiseRewardModel",
+    "RemoteGroupwiseRewardModel",
+    "RemotePointwiseRewardModel",
     "RewardArguments",
     "RewardEngine",
     "RewardModel",

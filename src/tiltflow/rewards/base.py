@@ -32,7 +32,7 @@ class RewardArguments(Config):
     on_error: Literal["raise", "mask"] | None = None  # None: raise for local rewards, mask for remote ones
     async_reward: bool = False  # score in worker threads while sampling goes on
     num_workers: int = Field(default=1, ge=1)  # of this reward alone; only when async
-    timeout: float | None = Field(default=None, gt=0)  # seconds that one call may take; only when async or remote
+    timeout: float | None = Field(default=None, gt=0)  # seconds: of one async call, of one request of a remote reward
     options: Mapping[str, Any] = Field(default_factory=dict[str, Any])
 
 
@@ -64,9 +64,9 @@ class Weights(Protocol):
 class RewardModel(ABC):
     """What pointwise and groupwise rewards share; subclass one of those two."""
 
-    required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
-    use_tensor_inputs: ClassVar[bool] = False
-    remote: bool = False  # asks another process or machine, which may be out of reach
+    required_fields: tuple[str, ...] = ("prompt", "image")
+    use_tensor_inputs: bool = False
+    remote: bool = False  # asks another process or machine, and gives up after config.timeout by itself
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
 
@@ -86,6 +86,15 @@ class RewardModel(ABC):
     def options(self) -> Any:
         """The reward's own options as an instance of its `Options` class."""
         return self.Options.model_validate(dict(self.config.options))
+
+    @classmethod
+    def fields_for(cls, options: Any) -> tuple[str, ...]:
+        """Return the fields that are required with some options (an instance of `Options`).
+
+        Asked before any model is loaded; most rewards always require the same. One that does not sets its
+        `required_fields` to these when it is built.
+        """
+        return cls.required_fields
 
     @classmethod
     def published_weights(cls, options: Any) -> Sequence[Weights]:

@@ -52,7 +52,8 @@ class Pass:
         self._lanes: Lanes[Answer] | None = None
         if any(entry.async_reward for entry in entries):
             workers = max(entry.num_workers for entry in entries if entry.async_reward)
-            timeouts = [entry.timeout for entry in entries if entry.timeout is not None]
+            # A remote reward keeps to the timeout in each of its requests; a call may be several, tried several times.
+            timeouts = [entry.timeout for entry in entries if entry.timeout is not None and not model.remote]
             self._lanes = Lanes(workers, name=f"reward-{self.names[0]}", timeout=max(timeouts, default=None))
         self._answers: dict[int, Answer | Exception] = {}
         self._broken: list[RewardFailure] = []

@@ -31,6 +31,8 @@ REWARDS: Mapping[str, str] = {
     "OCR": "tiltflow.rewards.ocr:OCRReward",
     "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
     "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",
+    "RemoteGroupwiseRewardModel": "tiltflow.rewards.remote:RemoteGroupwiseRewardModel",
+    "RemotePointwiseRewardModel": "tiltflow.rewards.remote:RemotePointwiseRewardModel",
 }
 
 
@@ -78,16 +80,13 @@ def check_reward(arguments: RewardArguments) -> type[RewardModel]:
         RewardError: An option is unknown or wrong, or a required field does not exist or is none that samples have.
     """
     cls = reward_class(arguments.reward_model)
-    try:
-        cls.Options.model_validate(dict(arguments.options))
-    except ValidationError as error:
-        raise RewardError(_options_message(arguments, cls, error)) from error
-    unknown = [name for name in cls.required_fields if name not in FIELDS]
+    fields = _fields(arguments, cls)
+    unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise RewardError(
             f"reward {arguments.name!r}: required_fields names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}"
         )
-    absent = [name for name in cls.required_fields if name not in PROVIDED_FIELDS]
+    absent = [name for name in fields if name not in PROVIDED_FIELDS]
     if absent:
         raise RewardError(
             f"reward {arguments.name!r} requires {absent[0]!r}, which the samples of this version do not have; they "
@@ -106,12 +105,12 @@ def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt],
 
     Raises:
         RewardError: A reward requires metadata that a prompt does not have, or finds fault with a prompt; or there is
-            no such reward.
+            no such reward, or an option of it is wrong.
     """
     bare = [prompt.text for prompt in prompts if not prompt.metadata]
     for reward in rewards:
         cls = reward_class(reward.reward_model)
-        if "metadata" in cls.required_fields and bare:
+        if "metadata" in _fields(reward, cls) and bare:
             raise RewardError(
                 f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "
                 f'have none, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
@@ -180,6 +179,15 @@ def identity(arguments: RewardArguments) -> str:
     """Return a key that is equal for entries which one model and one pass can serve."""
     same = arguments.model_dump(exclude=_NOT_IDENTITY)
     return json.dumps(same, sort_keys=True, default=str)
+
+
+def _fields(arguments: RewardArguments, cls: type[RewardModel]) -> tuple[str, ...]:
+    """Return the fields that an entry's reward requires, after checking its options."""
+    try:
+        options = cls.Options.model_validate(dict(arguments.options))
+    except ValidationError as error:
+        raise RewardError(_options_message(arguments, cls, error)) from error
+    return cls.fields_for(options)
 
 
 def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: ValidationError) -> str:
