@@ -1,6 +1,7 @@
 """Every built-in reward and three user-made ones through the harness, over tiny random weights."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.reward_harness import CHECKS, Case
+from tests.rewards.reward_server import stand, standing_url
 from tests.rewards.samples import entry
 from tests.rewards.user_made import ContrastRank, NetworkTaste, TinyNetwork, Warmth
 from tests.scorers.tiny_clip import save_clip, tiny_model, to_open_clip
@@ -155,6 +157,12 @@ def of_pixels(name: str, reward_model: str, **fields: Any) -> Case:
     return Case(name, entry("r", reward_model, options=given.pop("options", {})), None, groups=GROUPS, **given)
 
 
+def of_server(name: str, model: str) -> Case:
+    """Return the case of a reward that a server in a thread computes on pictures of 8 bits."""
+    case = of_pixels(name, name, options={"server_url": standing_url(model)})
+    return replace(case, write=lambda _: stand(model))
+
+
 CASES = [
     of_network("PickScore", write_pickscore, bfloat16=0.03),
     of_network("PickScore_Rank", write_pickscore, tolerance=0.0),
@@ -194,6 +202,8 @@ CASES = [
         options={"workers": 1},
         exempt={"gradient": BYTES, "dtype": RAPIDOCR, "broken_network": RAPIDOCR},
     ),
+    of_server("RemotePointwiseRewardModel", "warmth"),
+    of_server("RemoteGroupwiseRewardModel", "rank"),
     of_pixels("user_pointwise", "tests.rewards.user_made.Warmth"),
     of_pixels("user_groupwise", "tests.rewards.user_made.ContrastRank"),
     Case(

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Parcel:
     ids: tuple[str, ...]  # of its items
     model: str
     revision: str  # that answered so far; "" if none was told
+    whole: bool  # one sample's failure is the request's
 
     def check(self, reply: wire.ScoreReply) -> None:
         """Raise a ValueError if a reply is about other samples, without scores, or from another model."""
@@ -57,7 +58,7 @@ class RequestForm:
     model: str  # "name", which scores are under
     asked: str  # the same, or "name@revision"
     revision: str
-    partial: str
+    partial: Literal["allow", "forbid"]
     limits: wire.Limits
 
 
@@ -288,4 +289,5 @@ def _parcel(samples: Sequence[_Sample], form: RequestForm, *, together: bool) ->
         ids=tuple(item.id for item in items),
         model=form.model,
         revision=form.revision,
+        whole=form.partial == "forbid",
     )

@@ -166,7 +166,8 @@ class Transport:
         answer = self._exchange(
             "POST", url, wire.SCORE_PATH, timeout=timeout, most=most, headers=headers, content=parcel.body
         )
-        if answer.status != 200 and not _has_results(answer.body):
+        # An error reply that is about single samples lists the others' scores all the same.
+        if answer.status != 200 and (parcel.whole or not _has_results(answer.body)):
             raise self._failure(url, answer)
         try:
             reply = wire.read_reply(answer.body, items=len(parcel.ids))
@@ -274,7 +275,7 @@ def _package(name: str, reward: str) -> Any:
 
 
 def _has_results(body: bytes) -> bool:
-    """Tell whether a body lists an answer about every item: an error reply does too if it is about the items."""
+    """Tell whether a body lists answers about items."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
