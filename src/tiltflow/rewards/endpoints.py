@@ -19,7 +19,7 @@ from tiltflow.errors import RewardError
 
 THRESHOLD: Final = 5  # failures in a row that open a breaker
 FIRST_PAUSE: Final = 0.5  # seconds that a breaker stays open
-LONGEST_PAUSE: Final = 5.0
+LONGEST_PAUSE: Final = 5.0  # unless told otherwise
 RETRY_SHARE: Final = 0.1  # of the requests of a window
 RETRY_FLOOR: Final = 10  # retries per window however few requests there are
 RETRY_WINDOW: Final = 10.0  # seconds
@@ -71,14 +71,22 @@ class Lease:
 class Balancer:
     """Hands out servers to the lanes of one reward."""
 
-    def __init__(self, urls: Sequence[str], *, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        longest_pause: float = LONGEST_PAUSE,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Take all servers for healthy.
 
         Args:
             urls: Where they answer.
+            longest_pause: Seconds that a breaker stays open.
             clock: Seconds; tests bring their own.
         """
         self.endpoints = tuple(Endpoint(url) for url in urls)
+        self._longest_pause = longest_pause
         self._clock = clock
         self._random = random.Random()  # of its own: pauses must not disturb a run's randomness
         self._count = 0
@@ -151,7 +159,7 @@ class Balancer:
             _log.warning("reward server %s is left alone for a while: %s", endpoint.url, reason)
         elif not probe:
             return  # a request from before it opened: nothing new
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**endpoint.openings)
+        pause = min(self._longest_pause, FIRST_PAUSE * 2.0**endpoint.openings)
         endpoint.openings += 1
         # Jitter, so that the processes of a large run do not come back at the same moment.
         endpoint.open_until = now + pause * self._random.uniform(0.75, 1.25)

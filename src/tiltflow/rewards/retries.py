@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from tiltflow.errors import RewardError
-from tiltflow.rewards.endpoints import RETRY_FLOOR, Balancer, NoServerError, RetryBudget, Verdict
+from tiltflow.rewards.endpoints import LONGEST_PAUSE, RETRY_FLOOR, Balancer, NoServerError, RetryBudget, Verdict
 from tiltflow.rewards.payload import Parcel
 from tiltflow.rewards.transport import AttemptError, ServerSettings, Transport
 from tiltflow.serving import wire
@@ -77,7 +77,8 @@ class RewardClient:
         self.settings = settings
         self.patience = patience
         self.transport = Transport(settings, transport=transport)
-        self.balancer = Balancer(settings.urls)
+        # However short a request's time, it sees a server that is back.
+        self.balancer = Balancer(settings.urls, longest_pause=min(LONGEST_PAUSE, patience.timeout / 5))
         self._budget = RetryBudget(floor=patience.retry_floor)
         self._random = random.Random()  # of its own: pauses must not disturb a run's randomness
         # Every retry is logged there; programs that set up no logging are not to see a line for each.
