@@ -686,7 +686,7 @@ def test_a_copy_through_bytes_asks_the_same_server_without_asking_who_it_is(url:
     assert copy.required_fields == reward.required_fields and copy.info == reward.info
 
 
-def test_lanes_share_connections_and_closing_is_not_final(url: str, script: Script) -> None:
+def test_connections_are_kept_and_closing_is_not_final(url: str, script: Script) -> None:
     reward = build(url)
     for _ in range(4):
         ask(reward)

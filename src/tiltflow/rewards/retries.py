@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from tiltflow.errors import RewardError
-from tiltflow.rewards.endpoints import LONGEST_PAUSE, RETRY_FLOOR, Balancer, NoServerError, RetryBudget, Verdict
+from tiltflow.rewards.endpoints import LONGEST_PAUSE, RETRY_FLOOR, Balancer, Lease, NoServerError, RetryBudget, Verdict
 from tiltflow.rewards.payload import Parcel
 from tiltflow.rewards.transport import AttemptError, ServerSettings, Transport
 from tiltflow.serving import wire
@@ -82,7 +82,9 @@ class RewardClient:
         self._budget = RetryBudget(floor=patience.retry_floor)
         self._random = random.Random()  # of its own: pauses must not disturb a run's randomness
         # Every retry is logged there; programs that set up no logging are not to see a line for each.
-        logging.getLogger("stamina").addHandler(logging.NullHandler())
+        logger = logging.getLogger("stamina")
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
 
     def __reduce__(self) -> "tuple[type[RewardClient], tuple[ServerSettings, Patience]]":
         return RewardClient, (self.settings, self.patience)
@@ -124,7 +126,7 @@ class RewardClient:
         pause, reason = None, ""
         try:
             left = progress.deadline - time.monotonic()
-            reply = self.transport.score(lease.url, parcel, timeout=self._share(left, progress), time_left=left)
+            reply = self.transport.score(lease.url, parcel, timeout=self._share(left, lease, progress), time_left=left)
             verdict = "alive"
             return reply
         except AttemptError as error:
@@ -136,9 +138,9 @@ class RewardClient:
         finally:
             self.balancer.release(lease, verdict, pause=pause, reason=reason)
 
-    def _share(self, left: float, progress: _Progress) -> float:
-        """Return how much of the time that is left one try may take: half of it while another server could be asked."""
-        last = len(self.settings.urls) == 1 or progress.made + 1 >= self.patience.attempts
+    def _share(self, left: float, lease: Lease, progress: _Progress) -> float:
+        """Return how much of the time that is left one try may take: half of it if another server could be asked."""
+        last = progress.made + 1 >= self.patience.attempts or not self.balancer.another_is_ready({lease.url})
         return max(left if last else left / 2, 1e-3)
 
     def _wait(self, error: Exception, progress: _Progress) -> bool | float:

@@ -113,6 +113,7 @@ class Transport:
         self._transport = transport
         self._lock = threading.Lock()
         self._client: httpx2.Client | None = None
+        self._secret: str | None = None
 
     def __reduce__(self) -> "tuple[type[Transport], tuple[ServerSettings]]":
         return Transport, (self.settings,)
@@ -247,9 +248,9 @@ class Transport:
             if self._client is not None:
                 return self._client
             headers = {"Accept-Encoding": "identity", "User-Agent": f"tiltflow/{tiltflow.__version__}"}
-            secret = self.settings.secret()
-            if secret is not None:
-                headers["Authorization"] = f"Bearer {secret}"
+            self._secret = self.settings.secret()
+            if self._secret is not None:
+                headers["Authorization"] = f"Bearer {self._secret}"
             # As many connections as there are lanes that ask: nothing waits for another request to end.
             pool = httpx.Limits(
                 max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
@@ -262,8 +263,7 @@ class Transport:
     def _clean(self, text: object) -> str:
         """Return what a server or library said as one short line without the token and without control characters."""
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
-        secret = self.settings.secret()
-        line = line.replace(secret, "***") if secret else line
+        line = line.replace(self._secret, "***") if self._secret else line
         return line if len(line) <= TOLD else f"{line[:TOLD]}..."
 
 
