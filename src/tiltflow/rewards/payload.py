@@ -75,7 +75,7 @@ class _Sample:
     """One sample on its way into a request."""
 
     place: int
-    prompt: str
+    prompt: str | None
     image: _Array | None
     video: _Video | None
     condition_images: list[_Array] | None
@@ -194,7 +194,7 @@ def _sample(fields: Mapping[str, Sequence[Any]], place: int) -> _Sample:
         text = json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RewardError(f"metadata cannot be sent as JSON: {error}; use numbers, text, lists and mappings") from error
-    prompt = own.get("prompt", "")
+    prompt = own.get("prompt")
     return _Sample(
         place=place,
         prompt=prompt,
@@ -261,19 +261,19 @@ def _parcel(samples: Sequence[_Sample], form: RequestForm, *, together: bool) ->
     def video(each: _Video) -> wire.Video:
         return [media(frame) for frame in each] if isinstance(each, list) else media(each)
 
-    items = [
-        wire.Item(
-            id=f"{key}-{index}",  # names the request too, so that no reply to another one can pass for its own
-            prompt=sample.prompt,
-            image=None if sample.image is None else media(sample.image),
-            video=None if sample.video is None else video(sample.video),
-            condition_images=_each(media, sample.condition_images),
-            condition_videos=_each(video, sample.condition_videos),
-            group_id=key if together else None,
-            meta=sample.meta,
-        )
-        for index, sample in enumerate(samples)
-    ]
+    items: list[wire.Item] = []
+    for index, sample in enumerate(samples):
+        content = {
+            "id": f"{key}-{index}",  # names the request too, so that no reply to another one can pass for its own
+            "prompt": sample.prompt,
+            "image": None if sample.image is None else media(sample.image),
+            "video": None if sample.video is None else video(sample.video),
+            "condition_images": _each(media, sample.condition_images),
+            "condition_videos": _each(video, sample.condition_videos),
+            "group_id": key if together else None,
+            "meta": sample.meta,
+        }
+        items.append(wire.Item.model_validate({name: value for name, value in content.items() if value is not None}))
     request = wire.ScoreRequest.model_validate(
         {"models": [form.asked], "items": items, "partial": form.partial, "return": ["components"]}
     )
