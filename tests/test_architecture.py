@@ -54,7 +54,8 @@ HOMES: dict[str, set[str]] = {
     "uvicorn": {"serving"},
     "openai": {"rewards.judge", "rewards.remote"},
     "httpx": {"rewards.judge", "rewards.remote"},
-    "httpx2": {"rewards.judge", "rewards.remote"},
+    "httpx2": {"rewards.judge", "rewards.remote", "rewards.retries", "rewards.transport"},
+    "stamina": {"rewards.retries"},
     "wandb": {"runtime.tracking"},
     "tensorboard": {"runtime.tracking"},
     "torch.utils.tensorboard": {"runtime.tracking"},
@@ -66,6 +67,7 @@ HOMES: dict[str, set[str]] = {
 }
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
 OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai", "rapidocr", "rapidfuzz"}
+OPTIONAL |= {"httpx2", "stamina"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",
@@ -298,7 +300,9 @@ BAD: list[tuple[Check, str, str, str]] = [
     (check_frameworks, "rewards.base", "def f():\n    import openai", "imports openai"),
     (check_frameworks, "rewards.judge", "import openai", "optional openai"),
     (check_frameworks, "serving.server", "import httpx", "imports httpx"),
-    (check_frameworks, "serving.server", "import httpx2", "imports httpx2"),
+    (check_frameworks, "serving.server", "def f():\n    import httpx2", "imports httpx2"),
+    (check_frameworks, "rewards.transport", "import httpx2", "optional httpx2"),
+    (check_frameworks, "rewards.transport", "def f():\n    import_module('stamina')", "imports stamina"),
     (check_frameworks, "training.trainer", "def f():\n    import wandb", "imports wandb"),
     (check_frameworks, "rewards.geneval", "import cv2", "imports cv2"),
     (check_frameworks, "training.trainer", "from accelerate import Accelerator", "imports accelerate"),

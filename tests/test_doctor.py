@@ -28,6 +28,7 @@ def test_every_reward_is_listed_with_what_it_lacks(
     assert "no: needs rapidocr" in rows["OCR"] and "none needed" in rows["OCR"]
     assert "missing: HPS_v2.1_compressed.pt, CLIP's tokenizer (openai/clip-vit-large-patch14)" in rows["HPSv2"]
     assert "yes, but base_url: needs openai" in rows["DeQAScore"] and "needs option model" in rows["DeQAScore"]
+    assert "needs option server_url" in rows["RemotePointwiseRewardModel"]
     assert rows["JPEGCompressibility"].split()[1:] == ["yes", "none", "needed", "cpu"]
 
 

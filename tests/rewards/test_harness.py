@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tests.reward_harness import CHECKS, Case
 from tests.rewards.fake_judge import completion, said, sent_image, sent_images, serve
+from tests.rewards.reward_server import stand, standing_url
 from tests.rewards.samples import entry
 from tests.rewards.user_made import ContrastRank, NetworkTaste, TinyNetwork, Warmth
 from tests.scorers.tiny_clip import save_clip, tiny_model, to_open_clip
@@ -199,6 +201,12 @@ def of_judge(name: str, arrange: Callable[[pytest.MonkeyPatch], None], **fields:
     return of_pixels(name, name, arrange=arrange, options=options, **fields)
 
 
+def of_server(name: str, model: str) -> Case:
+    """Return the case of a reward that a server in a thread computes on pictures of 8 bits."""
+    case = of_pixels(name, name, options={"server_url": standing_url(model)})
+    return replace(case, write=lambda _: stand(model))
+
+
 CASES = [
     of_network("PickScore", write_pickscore, bfloat16=0.03),
     of_network("PickScore_Rank", write_pickscore, tolerance=0.0),
@@ -241,6 +249,8 @@ CASES = [
     of_judge("vllm_evaluate", say_yes, options={"question": "Is it {prompt}?"}),
     of_judge("rational_rewards_t2i", rate),
     of_judge("rational_rewards_edit", rate, conditions=source_of),
+    of_server("RemotePointwiseRewardModel", "warmth"),
+    of_server("RemoteGroupwiseRewardModel", "rank"),
     of_pixels("user_pointwise", "tests.rewards.user_made.Warmth"),
     of_pixels("user_groupwise", "tests.rewards.user_made.ContrastRank"),
     Case(

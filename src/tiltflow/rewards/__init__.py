@@ -18,11 +18,14 @@ from tiltflow.rewards.registry import (
     reward_class,
     shared_entries,
 )
+from tiltflow.rewards.remote import RemoteGroupwiseRewardModel, RemotePointwiseRewardModel
 
 __all__ = [
     "REWARDS",
     "GroupwiseRewardModel",
     "PointwiseRewardModel",
+    "RemoteGroupwiseRewardModel",
+    "RemotePointwiseRewardModel",
     "RewardArguments",
     "RewardEngine",
     "RewardModel",

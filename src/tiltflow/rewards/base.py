@@ -64,8 +64,8 @@ class Weights(Protocol):
 class RewardModel(ABC):
     """What pointwise and groupwise rewards share; subclass one of those two."""
 
-    required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")
-    use_tensor_inputs: ClassVar[bool] = False
+    required_fields: tuple[str, ...] = ("prompt", "image")
+    use_tensor_inputs: bool = False
     remote: bool = False  # asks another process or machine, which may be out of reach
     times_itself: bool = False  # keeps to `config.timeout` by itself, request by request
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
@@ -90,6 +90,15 @@ class RewardModel(ABC):
     def options(self) -> Any:
         """The reward's own options as an instance of its `Options` class."""
         return self.Options.model_validate(dict(self.config.options))
+
+    @classmethod
+    def fields_for(cls, options: Any) -> tuple[str, ...]:
+        """Return the fields that are required with some options (an instance of `Options`).
+
+        Asked before any model is loaded; most rewards always require the same. One that does not sets its
+        `required_fields` to these when it is built.
+        """
+        return cls.required_fields
 
     @classmethod
     def published_weights(cls, options: Any) -> Sequence[Weights]:

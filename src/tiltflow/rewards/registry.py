@@ -31,6 +31,8 @@ REWARDS: Mapping[str, str] = {
     "OCR": "tiltflow.rewards.ocr:OCRReward",
     "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
     "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",
+    "RemoteGroupwiseRewardModel": "tiltflow.rewards.remote:RemoteGroupwiseRewardModel",
+    "RemotePointwiseRewardModel": "tiltflow.rewards.remote:RemotePointwiseRewardModel",
     "rational_rewards_edit": "tiltflow.rewards.rational_rewards:RationalRewardEdit",
     "rational_rewards_t2i": "tiltflow.rewards.rational_rewards:RationalRewardT2I",
     "vllm_evaluate": "tiltflow.rewards.vllm_evaluate:VllmEvaluateReward",
@@ -85,21 +87,18 @@ def check_reward(arguments: RewardArguments, *, provided: Sequence[str] = FIELDS
         RewardError: An option is unknown or wrong, or a required field does not exist or is not provided.
     """
     cls = reward_class(arguments.reward_model)
-    try:
-        cls.Options.model_validate(dict(arguments.options))
-    except ValidationError as error:
-        raise RewardError(_options_message(arguments, cls, error)) from error
+    fields = _fields(arguments, cls)
     if arguments.timeout is not None and not arguments.async_reward and not cls.times_itself:
         raise RewardError(
             f"reward {arguments.name!r}: timeout={arguments.timeout:g} needs async_reward: true; a call in the main "
             "thread cannot be given up"
         )
-    unknown = [name for name in cls.required_fields if name not in FIELDS]
+    unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise RewardError(
             f"reward {arguments.name!r}: required_fields names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}"
         )
-    absent = [name for name in cls.required_fields if name not in provided]
+    absent = [name for name in fields if name not in provided]
     if absent:
         raise RewardError(
             f"reward {arguments.name!r} requires {absent[0]!r}, which these samples do not have; they have: "
@@ -123,7 +122,7 @@ def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt],
     bare = [prompt.text for prompt in prompts if not prompt.metadata]
     for reward in rewards:
         cls = check_reward(reward, provided=PROVIDED_FIELDS)
-        if "metadata" in cls.required_fields and bare:
+        if "metadata" in _fields(reward, cls) and bare:
             raise RewardError(
                 f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "
                 f'have none, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
@@ -217,6 +216,15 @@ def _merged(entries: Sequence[RewardArguments]) -> RewardArguments:
             "timeout": None if None in timeouts else max(timeout for timeout in timeouts if timeout is not None),
         }
     )
+
+
+def _fields(arguments: RewardArguments, cls: type[RewardModel]) -> tuple[str, ...]:
+    """Return the fields that an entry's reward requires, after checking its options."""
+    try:
+        options = cls.Options.model_validate(dict(arguments.options))
+    except ValidationError as error:
+        raise RewardError(_options_message(arguments, cls, error)) from error
+    return cls.fields_for(options)
 
 
 def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: ValidationError) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tiltflow.errors import TiltflowError
 
 SCORE_PATH: Final = "/v1/score"
+MODELS_PATH: Final = "/v1/models"
 SAFETENSORS: Final = "application/vnd.rewards.safetensors"
 MULTIPART: Final = "multipart/form-data"
 JSON: Final = "application/json"
@@ -281,6 +282,18 @@ def read_reply(body: bytes | str, *, items: int) -> ScoreReply:
     results = [ItemResult.model_validate(result) for result in content["results"]]
     models = [ModelInfo.model_validate(model) for model in content.get("models", [])]
     return ScoreReply(in_order(results, items=items), models)
+
+
+def read_models(body: bytes | str) -> list[ModelInfo]:
+    """Parse the reply to `GET /v1/models`: `{"object": "list", "data": [ModelInfo, ...]}`.
+
+    Raises:
+        ValueError: It is no such JSON.
+    """
+    content = json.loads(body, parse_constant=_no_constant)
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise ValueError("the reply lists no models")
+    return [ModelInfo.model_validate(model) for model in content["data"]]
 
 
 def in_order(results: Sequence[ItemResult], *, items: int) -> list[ItemResult]:
