@@ -33,6 +33,7 @@ from tiltflow.rewards import (
 )
 from tiltflow.rewards import remote as remote_module
 from tiltflow.rewards import retries as retries_module
+from tiltflow.rewards.endpoints import RetryBudget
 from tiltflow.rewards.retries import RemoteRewardError, RemoteTimeoutError
 from tiltflow.serving import wire
 from tiltflow.types import Prompt
@@ -81,7 +82,8 @@ def mocked(answer: Callable[[httpx2.Request], tuple[int, bytes]], **options: Any
         status, content = answer(request)
         return httpx2.Response(status, stream=httpx2.ByteStream(content))
 
-    far = entry("far", POINTWISE, options={"server_url": "http://a", **options})
+    timeout = options.pop("timeout", None)
+    far = entry("far", POINTWISE, options={"server_url": "http://a", **options}, timeout=timeout)
     return RemotePointwiseRewardModel(far, transport=httpx2.MockTransport(handle))
 
 
@@ -694,3 +696,32 @@ def test_connections_are_kept_and_closing_is_not_final(url: str, script: Script)
     reward.close()
     ask(reward)
     assert len({seen.peer for seen in script.seen}) == 2
+
+
+def test_retries_are_a_tenth_of_the_requests_however_often_single_ones_fail() -> None:
+    """The first try of every fourth request fails: too few in a row for a breaker, so that the budget alone counts."""
+    tries: dict[str, int] = {}
+
+    def answer(request: httpx2.Request) -> tuple[int, bytes]:
+        if request.url.path == wire.MODELS_PATH:
+            return 200, json.dumps({"data": [MODELS["length"][1].model_dump(mode="json")]}).encode()
+        key = request.headers[wire.KEY_HEADER]
+        tries[key] = tries.get(key, 0) + 1
+        if tries[key] == 1 and len(tries) % 4 == 0:
+            return 500, b"no"
+        item = wire.read_request(request.content).items[0]
+        told = {"index": 0, "id": item.id, "status": "ok", "scores": {"length": 1.0}}
+        return 200, json.dumps({"results": [told]}).encode()
+
+    reward = mocked(answer, required_fields=["prompt"], timeout=5.0)
+    reward._client._budget = RetryBudget(window=3600)  # however slow the machine
+    failed = 0
+    for _ in range(200):
+        try:
+            assert reward(prompt=["a"]).rewards.tolist() == [1.0]
+        except RemoteTimeoutError as error:
+            assert "no answer can be had within 5 s; last: http://a answered HTTP 500: no" in str(error)
+            failed += 1
+    retries = sum(tries.values()) - len(tries)
+    assert 10 <= retries <= 20
+    assert failed == 50 - retries
