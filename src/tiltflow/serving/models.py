@@ -13,7 +13,9 @@ from tiltflow.serving.wire import Limits, ModelInfo, WireError
 
 State: TypeAlias = Literal["LOADING", "READY", "FAILED", "DRAINING"]
 
-BATCH_PIXELS = 64 * 2**20  # of one call, where nothing else is said: 64 pictures of 1024 x 1024, or one video of 81 frames
+BATCH_PIXELS = (
+    64 * 2**20
+)  # of one call, where nothing else is said: 64 pictures of 1024 x 1024, or one video of 81 frames
 RETRY_MS = 1000  # until a client asks again, where nothing better is known
 EXIT_SECONDS = 2.0  # for a worker process to end by itself
 
@@ -142,12 +144,14 @@ class ServedModel:
         """
         if self.state != "READY":
             raise self._refusal()
-        now = time.monotonic()
-        if deadline <= now:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
             raise WireError("deadline_exceeded", "the deadline passed before the samples could be queued")
+        if not samples:
+            return []
         groups = self._grouped(samples)
         self._check_sizes(samples, groups)
-        self._admit(len(samples), deadline - now, priority)
+        self._admit(len(samples), seconds, priority)
         entries = self._entries(samples, deadline)
         units = [
             Unit([entries[place] for place in places], priority=priority, group=self.info.groupwise)
