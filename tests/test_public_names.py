@@ -25,6 +25,7 @@ PINNED = {
         "build_reward",
         "RewardEngine",
     ],
+    "tiltflow.serving": ["RewardServer"],
     "tiltflow.scorers": ["ClipScorer", "AestheticScorer", "clip_preprocess", "hps_preprocess"],
     "tiltflow.rewards.geneval": ["Detection", "score_detections"],
     "tiltflow.testing": ["ToyPolicy", "ConstantReward", "QuadraticReward"],
@@ -47,6 +48,9 @@ SIGNATURES = {
     "tiltflow.rewards:build_reward": "(name_or_python_path, *, device=..., dtype=..., batch_size=..., **options)",
     "tiltflow.rewards:PointwiseRewardModel.__init__": REWARD,
     "tiltflow.rewards:GroupwiseRewardModel.__init__": REWARD,
+    "tiltflow.serving:RewardServer.compute_reward": (
+        "(self, prompts, images=None, videos=None, condition_images=None, condition_videos=None, metadata=None)"
+    ),
     "tiltflow.scorers:clip_preprocess": "(images, *, size=224)",
     "tiltflow.scorers:hps_preprocess": "(images, *, size=224, antialias=True)",
     "tiltflow.scorers:ClipScorer": "(backbone, *, kind, scale=None, antialias=True)",

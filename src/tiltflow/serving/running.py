@@ -56,7 +56,7 @@ def run_server(specs: Sequence[ModelSpec], settings: ServerSettings) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked, from the header
     with listen(settings) as found:
         server = _Server(specs, settings)
-        print(f"tiltflow: listening on {address_of(found)}: {', '.join(server.models)}", flush=True)
+        print(f"tiltflow: listening on {address_of(found)} ({', '.join(server.models)})", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # what uvicorn leaves after an orderly end by Ctrl+C
             server.run(found)
     if server.failure is not None:
