@@ -129,17 +129,25 @@ class _Builder:
             if media.ref is None:
                 found[param] = media.b64 or ""
                 continue
-            if media.ref not in self._sources:
-                message = f"{param}: ref is {media.ref!r}; the body has {_some(self._sources)}"
-                raise WireError("invalid_item", message, param=f"{param}.ref")
+            source = self._source(media, param)
             used.setdefault(media.ref, set()).add(media.index)
-            source = self._sources[media.ref]
             if isinstance(source, bytes):
-                if media.index is not None:
-                    raise WireError("invalid_item", f"{param}: index is for tensors", param=f"{param}.index")
                 found[media.ref] = source
         self._check_use(used)
         return found
+
+    def _source(self, media: Media, param: str) -> Pixels | bytes:
+        """Return what a reference stands for, which has the row that it names."""
+        source = self._sources.get(media.ref or "")
+        if source is None:
+            message = f"{param}: ref is {media.ref!r}; the body has {_some(self._sources)}"
+            raise WireError("invalid_item", message, param=f"{param}.ref")
+        if media.index is not None:
+            rows = 0 if isinstance(source, bytes) else len(source)
+            if media.index >= rows:
+                message = f"{param}: index is {media.index}; {media.ref!r} has {rows or 'no'} rows"
+                raise WireError("invalid_item", message, param=f"{param}.index")
+        return source
 
     def decode(self, encoded: Sequence[tuple[str, bytes | str]]) -> None:
         """Decode pictures; runs in a thread."""
@@ -225,9 +233,6 @@ class _Builder:
             _ItemError: Its values or its size are out of range.
         """
         if media.index is not None:
-            if media.index >= len(tensor):
-                message = f"{param}: index is {media.index}; {media.ref!r} has {len(tensor)} rows"
-                raise WireError("invalid_item", message, param=f"{param}.index")
             tensor = tensor[media.index]
         axis = -1 if tensor.dtype == np.uint8 else -3
         if tensor.ndim != 3 + frames or tensor.shape[axis] != 3:
