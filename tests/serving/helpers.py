@@ -27,7 +27,11 @@ def run(test: Awaitable[None]) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(
-    factory: Callable[..., Any] = Plain, *, borrows: bool = False, options: dict[str, Any] | None = None, **settings: Any
+    factory: Callable[..., Any] = Plain,
+    *,
+    borrows: bool = False,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[ServedModel]:
     """Serve a model and stop it, whatever happens."""
     model = ServedModel("m", ScorerSource(factory, options or {}, borrows=borrows), **settings)
@@ -39,7 +43,9 @@ async def serving(
         await model.stop(drain_seconds=0.0)
 
 
-async def ask(model: ServedModel, samples: Sequence[Sample | str], *, seconds: float = 30.0, **how: Any) -> list[Scored]:
+async def ask(
+    model: ServedModel, samples: Sequence[Sample | str], *, seconds: float = 30.0, **how: Any
+) -> list[Scored]:
     """Submit samples, or prompts, and wait for their answers."""
     return await asyncio.gather(*submit(model, samples, seconds=seconds, **how))
 
@@ -95,13 +101,19 @@ def descriptors() -> set[str]:
     return names
 
 
+def arenas() -> int:
+    """Return how many arenas this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("memfd:tiltflow")
+
+
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
     """Check that neither a process nor memory nor a descriptor is left behind."""
     multiprocessing.resource_tracker.ensure_running()  # started once for the whole process, with a pipe
-    open_before, memory_before = descriptors(), set(os.listdir("/dev/shm"))
+    open_before, memory_before, maps_before = descriptors(), set(os.listdir("/dev/shm")), arenas()
     yield
     assert worker_pids() == []
-    assert {name for name in descriptors() - open_before if not name.startswith("/")} == set()
+    left = {name for name in descriptors() - open_before if not name.startswith("/")}
+    assert left == set()
     assert set(os.listdir("/dev/shm")) - memory_before == set()
-    assert "memfd:tiltflow" not in Path("/proc/self/maps").read_text()
+    assert arenas() <= maps_before

@@ -145,7 +145,9 @@ class Whole(Plain):
 
     def score(self, samples: Sequence[Sample]) -> Answer:
         def told(array: Any) -> Any:
-            return None if array is None else [array.dtype.str, list(array.shape), float(array.astype(np.float64).sum())]
+            return (
+                None if array is None else [array.dtype.str, list(array.shape), float(array.astype(np.float64).sum())]
+            )
 
         parts = [
             {

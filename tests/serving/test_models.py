@@ -202,7 +202,11 @@ def test_odd_answers_are_errors_and_never_scores() -> None:
             assert strange.error is not None and "'object' holds object" in strange.error.message
             answers = await ask(model, ["failures", "b", "c"])
             assert codes(answers) == ["scorer_error", "upstream_judge", ""]
-            assert [answer.error and answer.error.message for answer in answers] == ["no face", "the judge is out", None]
+            assert [answer.error and answer.error.message for answer in answers] == [
+                "no face",
+                "the judge is out",
+                None,
+            ]
             answers = await ask(model, ["components", "b"])
             assert [answer.components for answer in answers] == [
                 {"boxes": [[0.0, 0.0]], "odds": None},
@@ -339,11 +343,11 @@ def test_sheds_what_would_come_too_late() -> None:
             waiting = submit(model, ["1"] * 10)
             await asyncio.sleep(0.02)
             begun = time.monotonic()
-            with pytest.raises(WireError, match="would need about 1.* s and the deadline is in 0.5 s") as caught:
+            with pytest.raises(WireError, match=r"would need about [12]\.\d s and the deadline is in 0.5 s") as caught:
                 submit(model, ["2"], seconds=0.5)
             assert time.monotonic() - begun < 0.05
             assert caught.value.code == "overloaded"
-            assert 400 <= (caught.value.retry_after_ms or 0) <= 1400
+            assert 400 <= (caught.value.retry_after_ms or 0) <= 2400
             assert metrics.reasons == ["too_slow"]
             urgent = submit(model, ["3"], seconds=0.5, priority=1)  # it waits for the running batch only
             assert codes(await asyncio.gather(*urgent)) == [""]
