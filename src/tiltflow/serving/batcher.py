@@ -14,7 +14,8 @@ from typing import Any
 from tiltflow.serving.jobs import Sample, Scored
 from tiltflow.serving.wire import WireError
 
-PACE_WEIGHT = 0.3  # of the newest batch in the running average of seconds
+PACE_WEIGHT = 0.1  # of the newest batch in the running average of seconds
+SPREADS = 4.0  # mean absolute deviations that 99 of 100 batches keep within, on a machine that does other things too
 
 
 class Entry:
@@ -214,34 +215,42 @@ class Budget:
 
 
 class Pace:
-    """A running average of the seconds that a batch takes."""
+    """A running average of the seconds that a batch takes, and of how far off it is."""
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self.seconds: float | None = None
+        self.seconds = 0.0
+        self._spread = 0.0
+        self._batches = 0
 
     def add(self, seconds: float) -> None:
-        """Count one batch."""
-        before = seconds if self.seconds is None else self.seconds
-        self.seconds = before + PACE_WEIGHT * (seconds - before)
+        """Count one batch; the first one, in which a model warms up, counts only until there is a second."""
+        weight = max(PACE_WEIGHT, 1 / max(1, self._batches))
+        self._batches += 1
+        off = seconds / 2 if self._batches <= 2 else abs(seconds - self.seconds)  # a guess, until it can be known
+        self._spread += weight * (off - self._spread)
+        self.seconds += weight * (seconds - self.seconds)
 
-    def wait(self, *, batches: int, running: Sequence[float], replicas: int) -> float:
-        """Estimate the seconds until a replica is free for what comes next.
+    def until_done(self, *, batches: int, running: Sequence[float], replicas: int) -> float:
+        """Estimate the seconds until a sample that comes now is scored, so that 99 of 100 take less.
 
         Args:
-            batches: Batches that wait before it.
+            batches: Batches until it is, its own included.
             running: For each batch that is computed now, the seconds since it was started.
             replicas: How many share the work.
 
         Returns:
-            0 while a replica is idle, and while nothing is known.
+            0 while a replica would take it at once, whatever is known: only that can prove an estimate too high.
         """
-        if self.seconds is None or (len(running) < replicas and not batches):
+        if len(running) < replicas and batches <= 1:
             return 0.0
         left = sum(max(0.0, self.seconds - seconds) for seconds in running)
-        return (batches * self.seconds + left) / max(1, replicas)
+        count = batches + len(running)
+        # A sum of `count` batches strays by the root of `count`, and the average itself is off by its weight's part.
+        margin = SPREADS * self._spread * math.sqrt(count + count**2 * PACE_WEIGHT / (2 - PACE_WEIGHT))
+        return (batches * self.seconds + left + margin) / max(1, replicas)
 
 
-def batches_of(items: int, units: int, *, batch_size: int, groupwise: bool) -> int:
-    """Return how many calls these samples take: one for each group, or full batches."""
-    return units if groupwise else math.ceil(items / batch_size)
+def batches_until(items: int, units: int, *, batch_size: int, groupwise: bool) -> int:
+    """Return how many calls it takes to come to the end of one more sample or group: one a group, or full batches."""
+    return units + 1 if groupwise else items // batch_size + 1

@@ -100,6 +100,10 @@ class Lane:
         except WireError as error:
             self.error = error
             self._become("FAILED")
+        except Exception as error:  # a mistake of this package: whoever waits must be told, not left waiting
+            _log.exception("the lane of %s broke", self._name)
+            self.error = WireError("model_failed", f"{self._name}: {type(error).__name__}: {error}")
+            self._become("FAILED")
 
     def _ready(self, info: ModelInfo) -> None:
         self.info = info

@@ -33,8 +33,8 @@ class Arena:
         self._descriptor = descriptor
         self._writable = writable
         self._map: mmap.mmap | None = None
-        self._copy = np.empty(0, np.uint8)  # the reader's own memory
-        self._loan: weakref.ref[memoryview] | None = None  # alive while an array in `_copy` is
+        self._copy = bytearray()  # the reader's own memory
+        self._loan: weakref.ref[Pixels] | None = None  # alive while an array in `_copy` is
         self.size = 0  # bytes that are mapped
         self.used = 0  # bytes of the batch that was put last
 
@@ -87,7 +87,7 @@ class Arena:
             The pixel fields of each `Sample`.
         """
         self._map_to(size)
-        buffer = memoryview(self._map or b"") if borrow else self._copied(used)
+        buffer = (self._map or b"") if borrow else self._copied(used)
         offset = 0
 
         def array(spec: Spec) -> Pixels:
@@ -107,19 +107,19 @@ class Arena:
 
         return [fields(layout) for layout in (layouts * count if len(layouts) == 1 else layouts)]
 
-    def _copied(self, used: int) -> memoryview:
+    def _copied(self, used: int) -> Pixels:
         """Copy the batch into memory that is used again as soon as no array shows it: fresh pages cost ten times more.
 
-        The arrays hold the returned view, so it is gone when the last of them is.
+        Numpy gives all arrays made from the returned one that one as their base, so it lives as long as any of them.
         """
         kept = self._loan is not None and self._loan() is not None
-        if kept or self._copy.size < used:
-            self._copy = np.empty(used, np.uint8)
-        buffer = self._copy.data
-        self._loan = weakref.ref(buffer)
+        if kept or len(self._copy) < used:
+            self._copy = bytearray(used)
+        loan = np.frombuffer(self._copy, np.uint8)
+        self._loan = weakref.ref(loan)
         if self._map is not None:
-            buffer[:used] = memoryview(self._map)[:used]
-        return buffer
+            loan[:used] = np.frombuffer(self._map, np.uint8, used)
+        return loan
 
     def _reserve(self, size: int) -> None:
         if size > self.size:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from tiltflow.serving.batcher import Entry, Pace, Queue, Unit, batches_of
+from tiltflow.serving.batcher import Entry, Pace, Queue, Unit, batches_until
 from tiltflow.serving.jobs import Sample, Scored, ScorerSource
 from tiltflow.serving.lane import Lane
 from tiltflow.serving.metrics import Metrics, NoMetrics
@@ -201,7 +201,7 @@ class ServedModel:
             why = f"{self._queue.items} of {self._limits.queue_items} places in the queue of {self.name} are taken"
             retry = wait
         else:
-            why = f"{self.name} is about {wait:.1f} s behind and the deadline is in {seconds:.1f} s"
+            why = f"{self.name} would need about {wait:.1f} s and the deadline is in {seconds:.1f} s"
             retry = wait - seconds
         raise WireError("overloaded", why, retry_after_ms=max(50, int(1000 * retry)) if retry else RETRY_MS)
 
@@ -210,8 +210,8 @@ class ServedModel:
         ready = [lane for lane in self._lanes if lane.state == "READY"]
         running = [now - lane.busy_since for lane in ready if lane.busy_since is not None]
         items, units = self._queue.ahead(priority)
-        batches = batches_of(items, units, batch_size=self.info.batch_size, groupwise=self.info.groupwise)
-        return self._pace.wait(batches=batches, running=running, replicas=len(ready))
+        batches = batches_until(items, units, batch_size=self.info.batch_size, groupwise=self.info.groupwise)
+        return self._pace.until_done(batches=batches, running=running, replicas=len(ready))
 
     def _entries(self, samples: Sequence[Sample], deadline: float) -> list[Entry]:
         """Make the entries of one submission, which share a timer."""

@@ -29,6 +29,7 @@ WATCH_SECONDS = 1.0  # between looks at the process
 PING_SECONDS = 5.0  # of silence before an idle worker is asked whether it is there
 PONG_SECONDS = 10.0  # it has to answer
 EXIT_SECONDS = 2.0  # for a process whose model could not be made to end by itself
+LAST_SECONDS = 0.5  # for a process that has closed its socket to end, so that its own exit code is told
 REAP_SECONDS = 5.0  # for the kernel to end a killed process
 
 LOST = "worker_lost"
@@ -85,12 +86,16 @@ class Process:
             target=worker.main, args=(receiver, theirs, self._arena), name=f"tiltflow {self._name}", daemon=False
         )
         self._ready = loop.create_future()
-        self._link, _ = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
-        with receiver, theirs:
-            child.start()
-        self._child = child
-        atexit.register(self.kill)  # or the interpreter would wait at its exit for the process to end
-        await asyncio.to_thread(_send, sender, content)
+        with contextlib.ExitStack() as ends:
+            ends.enter_context(ours)
+            ends.enter_context(sender)
+            with receiver, theirs:
+                child.start()
+            self._child = child
+            atexit.register(self.kill)  # or the interpreter would wait at its exit for the process to end
+            self._link, _ = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
+            ends.pop_all()  # the link closes the one, and the thread below the other
+        await asyncio.shield(loop.run_in_executor(None, _send, sender, content))  # it must close its end in any case
         message = await self._ready
         if message["kind"] == "gone":
             await self._exited(REAP_SECONDS)
@@ -264,9 +269,13 @@ class Replica:
         self._process = Process(self._name, self._lost)
         try:
             return await self._process.open(self._source)
-        except (WireError, OSError) as error:
+        except WireError as error:
             await self.stop(seconds=EXIT_SECONDS)
-            raise WireError("model_failed", f"{self._name}: {error}") from error
+            raise WireError("model_failed", f"{self._name}: {error.message}") from error
+        except (OSError, RuntimeError) as error:  # no memory or descriptors, or a script that starts itself again
+            await self.stop(seconds=EXIT_SECONDS)
+            message = f"{self._name}: its worker process cannot be started: {' '.join(str(error).split())}"
+            raise WireError("model_failed", message) from error
 
     async def restart(self) -> ModelInfo:
         """Replace a lost process, again if that one is lost while it loads.
@@ -277,7 +286,7 @@ class Replica:
         how = "is gone"
         while True:
             if self._process is not None:
-                how = await self.stop(seconds=0.0)
+                how = await self.stop(seconds=LAST_SECONDS)
             now = time.monotonic()
             self._crashes = [at for at in self._crashes if now - at < CRASH_SECONDS] + [now]
             if len(self._crashes) >= CRASHES:
