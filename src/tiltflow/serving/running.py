@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import multiprocessing
 import sys
 import time
 import warnings
@@ -46,13 +45,8 @@ def run_server(specs: Sequence[ModelSpec], settings: ServerSettings) -> None:
     """Serve models until SIGTERM or SIGINT; the first line printed tells the address.
 
     Raises:
-        ConfigError: The address cannot be had, this is a worker process, or no model could be made.
+        ConfigError: The address cannot be had, or no model could be made.
     """
-    if multiprocessing.parent_process() is not None:
-        raise ConfigError(
-            "the server was started again by a worker process, which imports your file to find your class: start it "
-            'under `if __name__ == "__main__":`'
-        )
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked, from the header
     with listen(settings) as found:
         server = _Server(specs, settings)
@@ -116,11 +110,12 @@ class _Server:
         for name, error in failures.items():
             if error is None:
                 print(f"tiltflow: {name} is ready", flush=True)
-            else:
-                print(f"tiltflow: {name} failed: {error}", file=sys.stderr, flush=True)
-        if all(error is not None and error.code == "model_failed" for error in failures.values()):
-            self.failure = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        failed = [error.message for error in failures.values() if error is not None and error.code == "model_failed"]
+        if len(failed) == len(failures):
+            self.failure = "; ".join(failed)
             self._uvicorn.should_exit = True
+        elif failed:
+            print(f"tiltflow: {'; '.join(failed)}", file=sys.stderr, flush=True)
         await self._keep_house()
 
     async def _keep_house(self) -> None:

@@ -27,6 +27,7 @@ from tiltflow.serving.jobs import Sample, ScorerSource
 from tiltflow.serving.settings import ServerSettings
 from tiltflow.serving.wire import Limits, ModelInfo, Pixels, WireError
 
+IMPORTED_MAIN: Final = "__mp_main__"  # what multiprocessing calls the main file in a process that it has started
 FIELDS: Final = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
 
 
@@ -141,6 +142,11 @@ class RewardServer(ABC):
         cls = type(self)
         if "settings" not in vars(self):
             raise ConfigError(f"{cls.__name__}.__init__ does not call super().__init__(**kwargs)")
+        if cls.__module__ == IMPORTED_MAIN:
+            raise ConfigError(
+                f"a worker process that imports your file to find {cls.__name__} started the server again: start it "
+                'under `if __name__ == "__main__":`'
+            )
         arguments, options = self._arguments
         _check_importable(cls, arguments, options)
         try:
