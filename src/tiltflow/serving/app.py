@@ -95,18 +95,24 @@ async def _failure(model: ServedModel) -> WireError | None:
 def _add_routes(app: FastAPI, service: Service) -> None:
     probes = _Probes(service)
     adapters = Adapters(service)
-    app.add_api_route("/livez", probes.live, methods=["GET"], summary="Is the process alive?")
-    app.add_api_route("/readyz", probes.ready, methods=["GET"], summary="Are all models ready?")
-    app.add_api_route("/health", probes.ready, methods=["GET"], summary="The same, for other projects' clients")
-    app.add_api_route("/v1/models", probes.models, methods=["GET"], summary="All models and the limits")
-    app.add_api_route("/v1/models/{name}", probes.model, methods=["GET"], summary="One model")
-    app.add_api_route("/v1/models/{name}/ready", probes.model_ready, methods=["GET"], summary="Is it ready?")
-    app.add_api_route("/metrics", probes.metrics, methods=["GET"], summary="Numbers for Prometheus")
-    for path, route, schema, summary in (
+    scoring = (
         (SCORE_PATH, service.score, ScoreRequest, "Score items"),
         ("/compute", adapters.compute, ComputeBody, "Score lists of prompts and pictures"),
         ("/get_reward", adapters.get_reward, GetRewardBody, "Score texts"),
+    )
+    for path, route, _, _ in scoring:  # the first routes are found first, and plain ones cost the least
+        app.add_route(path, route, methods=["POST"])
+    for path, probe, summary in (
+        ("/livez", probes.live, "Is the process alive?"),
+        ("/readyz", probes.ready, "Are all models ready?"),
+        ("/health", probes.ready, "The same, for other projects' clients"),
+        ("/v1/models", probes.models, "All models and the limits"),
+        ("/v1/models/{name}", probes.model, "One model"),
+        ("/v1/models/{name}/ready", probes.model_ready, "Is it ready?"),
+        ("/metrics", probes.metrics, "Numbers for Prometheus"),
     ):
+        app.add_api_route(path, probe, methods=["GET"], summary=summary)
+    for path, route, schema, summary in scoring:  # for /openapi.json alone: requests end at the plain ones
         app.add_api_route(path, route, methods=["POST"], summary=summary, openapi_extra=_body_of(schema))
 
 

@@ -5,14 +5,14 @@ refuse a request by its headers, and nothing beyond the limits is ever held.
 """
 
 import asyncio
+import itertools
 import re
 import secrets
 import time
-import uuid
+from collections.abc import Mapping
 from typing import Any, Final
 
 import anyio
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiltflow.serving.prometheus import HttpMetrics
@@ -24,6 +24,7 @@ KNOWN_PATHS: Final = (*OPEN_PATHS, "/v1/score", "/v1/models", "/metrics", "/comp
 RETRY_MS: Final = 1000
 LINGER_SECONDS: Final = 1.0  # for a client that still sends what was refused
 LINGER_BYTES: Final = 16 * 2**20
+_ID: Final = ID_HEADER.lower().encode()
 _LENGTH_DIGITS: Final = 18
 _PLAIN_ID: Final = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -35,11 +36,10 @@ class ClientGone(Exception):
 class ByteBudget:
     """Bytes of all bodies that are held at one time."""
 
-    def __init__(self, size: int, metrics: HttpMetrics):
+    def __init__(self, size: int):
         """Allow `size` bytes."""
         self._size = size
-        self._used = 0
-        self._metrics = metrics
+        self.used = 0
 
     def take(self, count: int) -> None:
         """Use some.
@@ -47,22 +47,20 @@ class ByteBudget:
         Raises:
             WireError: `overloaded`.
         """
-        if self._used + count > self._size:
-            message = f"bodies of {self._used} bytes are in flight; the most are {self._size}"
+        if self.used + count > self._size:
+            message = f"bodies of {self.used} bytes are in flight; the most are {self._size}"
             raise WireError("overloaded", message, retry_after_ms=RETRY_MS)
-        self._used += count
-        self._metrics.inflight(self._used)
+        self.used += count
 
     def give(self, count: int) -> None:
         """Give back what was taken."""
-        self._used -= count
-        self._metrics.inflight(self._used)
+        self.used -= count
 
 
 class Body:
     """The `receive` of one request: the whole body at once, within its limits."""
 
-    def __init__(self, headers: Headers, receive: Receive, *, limits: Limits, budget: ByteBudget):
+    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, *, limits: Limits, budget: ByteBudget):
         """Take a request's connection; nothing is read."""
         self._headers = headers
         self._receive = receive
@@ -70,9 +68,9 @@ class Body:
         self._budget = budget
         self._declared = 0
         self._held = 0
-        declared = headers.get("content-length")
-        self._chunked = declared is None and "transfer-encoding" in headers
-        self.finished = not self._chunked and declared in (None, "0")  # nothing more comes
+        declared = headers.get(b"content-length")
+        self._chunked = declared is None and b"transfer-encoding" in headers
+        self.finished = not self._chunked and declared in (None, b"0")  # nothing more comes
 
     def admit(self) -> None:
         """Check what the headers declare.
@@ -80,11 +78,11 @@ class Body:
         Raises:
             WireError: `payload_too_large`, `overloaded`, `unsupported_media`, or `invalid_request`.
         """
-        encoding = self._headers.get("content-encoding", "identity").lower()
-        if encoding != "identity":
-            message = f"Content-Encoding is {encoding!r}; send bodies as they are"
+        encoding = self._headers.get(b"content-encoding", b"identity").lower()
+        if encoding != b"identity":
+            message = f"Content-Encoding is {encoding.decode('latin-1')!r}; send bodies as they are"
             raise WireError("unsupported_media", message, param="Content-Encoding")
-        declared = self._headers.get("content-length", "0")
+        declared = self._headers.get(b"content-length", b"0").decode("latin-1")
         if not declared.isascii() or not declared.isdigit():
             raise WireError("invalid_request", f"Content-Length is {declared!r}", param="Content-Length")
         if len(declared) > _LENGTH_DIGITS or int(declared) > self._limits.body_bytes:
@@ -163,7 +161,10 @@ class Guard:
         self._limits = limits
         self._token = None if token is None else token.encode()
         self._metrics = metrics
-        self._budget = ByteBudget(limits.inflight_bytes, metrics)
+        self._budget = ByteBudget(limits.inflight_bytes)
+        metrics.watch_inflight(lambda: float(self._budget.used))
+        prefix = secrets.token_hex(8)
+        self._ids = (f"{prefix}-{count}" for count in itertools.count())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection of the ASGI server."""
@@ -175,10 +176,10 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        told = headers.get(ID_HEADER, "")
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        told = headers.get(_ID, b"").decode("latin-1")
         state = scope.setdefault("state", {})
-        state["request_id"] = told if _PLAIN_ID.fullmatch(told) else uuid.uuid4().hex
+        state["request_id"] = told if _PLAIN_ID.fullmatch(told) else next(self._ids)
         state["start"] = time.monotonic()
         body = Body(headers, receive, limits=self._limits, budget=self._budget)
 
@@ -201,7 +202,7 @@ class Guard:
             path = scope["path"]
             route = path if path in KNOWN_PATHS else "/v1/models/{name}" if path.startswith("/v1/models/") else "other"
             self._metrics.request(route, message["status"])
-            message["headers"].append((ID_HEADER.lower().encode(), scope["state"]["request_id"].encode()))
+            message["headers"].append((_ID, scope["state"]["request_id"].encode()))
             if not body.finished:
                 message["headers"].append((b"connection", b"close"))
         elif not body.finished and not message.get("more_body", False):
@@ -210,13 +211,13 @@ class Guard:
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await send(message)
 
-    def _check_token(self, path: str, headers: Headers) -> None:
+    def _check_token(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         if self._token is None or path in OPEN_PATHS:
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
             raise WireError("unauthorized", "send the header Authorization: Bearer TOKEN", param="Authorization")
-        if not secrets.compare_digest(given.strip().encode(), self._token):
+        if not secrets.compare_digest(given.strip(), self._token):
             raise WireError("unauthorized", "the token is another one", param="Authorization")
 
 

@@ -1,5 +1,6 @@
 """What the server counts, in the format of Prometheus."""
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, Protocol, get_args
@@ -27,8 +28,8 @@ class HttpMetrics(Metrics, Protocol):
         """Count the reading of one body: parsing it and decoding its pictures."""
         ...
 
-    def inflight(self, size: int) -> None:
-        """Note how many bytes of bodies are held."""
+    def watch_inflight(self, size: Callable[[], float]) -> None:
+        """Take what tells how many bytes of bodies are held."""
         ...
 
     def text(self) -> tuple[bytes, str]:
@@ -115,9 +116,9 @@ class PrometheusMetrics:
         """See `HttpMetrics.decode`."""
         self._decode.observe(seconds)
 
-    def inflight(self, size: int) -> None:
-        """See `HttpMetrics.inflight`."""
-        self._inflight.set(size)
+    def watch_inflight(self, size: Callable[[], float]) -> None:
+        """See `HttpMetrics.watch_inflight`."""
+        self._inflight.set_function(size)
 
     def text(self) -> tuple[bytes, str]:
         """See `HttpMetrics.text`."""
@@ -136,8 +137,8 @@ class NoHttpMetrics(NoMetrics):
     def decode(self, seconds: float) -> None:
         """See `HttpMetrics.decode`."""
 
-    def inflight(self, size: int) -> None:
-        """See `HttpMetrics.inflight`."""
+    def watch_inflight(self, size: Callable[[], float]) -> None:
+        """See `HttpMetrics.watch_inflight`."""
 
     def text(self) -> tuple[bytes, str]:
         """See `HttpMetrics.text`."""

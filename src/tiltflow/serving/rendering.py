@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from starlette.responses import Response
 
 from tiltflow.serving.wire import JSON, WireError
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def dump(content: Any) -> bytes:
@@ -16,7 +18,7 @@ def dump(content: Any) -> bytes:
     Raises:
         ValueError: A number in it is NaN or infinite: that must never reach a client as anything.
     """
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(content).encode()
 
 
 def error_headers(error: WireError) -> dict[str, str]:

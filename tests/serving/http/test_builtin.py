@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_engine(name: str) -> None:
     with engine.begin() as scoring:
         scoring.add([Prompt("p")] * 6, [0] * 6, images=FLOATS)
         table = scoring.finish()
-    _, components, failures = scorer(name).score([Sample(prompt="p", image=image.numpy()) for image in FLOATS])
+    found, components, failures = scorer(name).score([Sample(prompt="p", image=image.numpy()) for image in FLOATS])
     assert found == table.column("r").tolist()
     assert failures == {} and {key: list(column) for key, column in components.items()} == table.extra_info.get("r", {})
 
