@@ -142,8 +142,8 @@ def test_the_pace_is_a_running_average_without_the_warm_up() -> None:
         pace.add(0.5)
     assert pace.seconds == pytest.approx(0.5)
     assert pace.until_done(batches=1, running=[], replicas=1) == 0.0  # idle: only a try can tell
-    assert pace.until_done(batches=4, running=[0.1], replicas=1) == pytest.approx(4 * 0.5 + 0.4, rel=1e-3)
-    assert pace.until_done(batches=4, running=[0.1, 0.7], replicas=2) == pytest.approx(1.2, rel=1e-3)
+    assert pace.until_done(batches=4, running=[0.1], replicas=1) == pytest.approx(1.25 * (4 * 0.5 + 0.4), rel=1e-3)
+    assert pace.until_done(batches=4, running=[0.1, 0.7], replicas=2) == pytest.approx(1.25 * 1.2, rel=1e-3)
     assert pace.until_done(batches=1, running=[0.1], replicas=2) == 0.0
 
 
@@ -153,8 +153,8 @@ def test_a_pace_that_varies_is_given_a_margin() -> None:
         steady.add(0.2)
         varied.add(0.1 if number % 2 else 0.3)
     ahead = {"batches": 9, "running": [0.0], "replicas": 1}
-    assert steady.until_done(**ahead) == pytest.approx(2.0, rel=0.01)
-    assert 2.6 < varied.until_done(**ahead) < 4.0
+    assert steady.until_done(**ahead) == pytest.approx(1.25 * 2.0, rel=0.01)
+    assert 2.8 < varied.until_done(**ahead) < 4.0
 
 
 def test_batches_until_a_new_sample_is_done() -> None:

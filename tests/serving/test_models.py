@@ -339,47 +339,49 @@ def test_sheds_what_would_come_too_late() -> None:
     async def test() -> None:
         metrics = Counting()
         async with serving(options={"seconds": 0.1}, batch_size=1, metrics=metrics) as model:
-            await ask(model, ["1"])  # now it is known that a batch takes 0.1 s
+            model._pace.add(0.1)  # as if it were measured, on a machine that does nothing else
+            model._pace._spread = 0.0
             waiting = submit(model, ["1"] * 10)
             await asyncio.sleep(0.02)
             begun = time.monotonic()
-            with pytest.raises(WireError, match=r"would need about [12]\.\d s and the deadline is in 0.5 s") as caught:
+            with pytest.raises(WireError, match=r"would need about 1\.\d s and the deadline is in 0.5 s") as caught:
                 submit(model, ["2"], seconds=0.5)
             assert time.monotonic() - begun < 0.05
             assert caught.value.code == "overloaded"
             assert 400 <= (caught.value.retry_after_ms or 0) <= 2400
             assert metrics.reasons == ["too_slow"]
-            urgent = submit(model, ["3"], seconds=0.5, priority=1)  # it waits for the running batch only
+            urgent = submit(model, ["3"], seconds=1.0, priority=1)  # it waits for the running batch only
             assert codes(await asyncio.gather(*urgent)) == [""]
             for future in waiting:
                 future.cancel()
-            assert codes(await ask(model, ["4"], seconds=0.5)) == [""]  # nobody waits for those any more
+            assert codes(await ask(model, ["4"], seconds=1.0)) == [""]  # nobody waits for those any more
 
     run(test())
 
 
+@pytest.mark.slow
 def test_overload_keeps_the_admitted_within_their_deadline() -> None:
     async def test() -> None:
         served, shed, late = 0, 0, 0
-        async with serving(options={"seconds": 0.02}, batch_size=4, limits=Limits(queue_items=64)) as model:
+        async with serving(options={"seconds": 0.05}, batch_size=4, limits=Limits(queue_items=64)) as model:
             await ask(model, ["1"])
 
             async def client() -> None:
                 nonlocal served, shed, late
-                end = time.monotonic() + 1.5
+                end = time.monotonic() + 2.5
                 while time.monotonic() < end:
                     try:
-                        [answer] = await ask(model, ["1"], seconds=0.25)
+                        [answer] = await ask(model, ["1"], seconds=0.6)
                     except WireError as error:
                         assert error.code == "overloaded"
                         shed += 1
-                        await asyncio.sleep(0.01)
+                        await asyncio.sleep(0.02)
                         continue
                     served += answer.error is None
                     late += answer.error is not None
 
             await asyncio.gather(*(client() for _ in range(100)))
-        assert shed > 0 and served > 100
+        assert shed > 0 and served > 50
         assert late <= 0.05 * served, (served, late, shed)  # 1% on a machine that does nothing else
 
     run(test())

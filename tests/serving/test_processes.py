@@ -226,6 +226,25 @@ def test_stopping_while_it_loads_leaves_nothing(tmp_path: Path) -> None:
     run(test())
 
 
+def test_stopping_twice_at_once_and_while_a_worker_is_replaced() -> None:
+    async def test() -> None:
+        for delay in (0.0, 0.01, 0.1):
+            async with serving(replicas=2) as model:
+                await until(lambda model=model: all(lane.state == "READY" for lane in model._lanes))
+                running = submit(model, ["sleep=30"])
+                await asyncio.sleep(0.05)
+                running += submit(model, ["die", "1"])
+                await asyncio.wait(running[1:])
+                await asyncio.sleep(delay)
+                begun = time.monotonic()
+                await asyncio.gather(model.stop(drain_seconds=20), model.stop(drain_seconds=0))
+                assert time.monotonic() - begun < 2.0
+                assert codes(await asyncio.gather(*running)) == ["draining", "worker_lost", "worker_lost"]
+                assert worker_pids() == []
+
+    run(test())
+
+
 def local_class() -> type[Plain]:
     class Local(Plain):
         pass

@@ -15,6 +15,7 @@ from tiltflow.serving.jobs import Sample, Scored
 from tiltflow.serving.wire import WireError
 
 PACE_WEIGHT = 0.1  # of the newest batch in the running average of seconds
+SLACK = 0.25  # of an estimate, added to it at least: the next seconds need not be as quiet as the last ones
 SPREADS = 4.0  # mean absolute deviations that 99 of 100 batches keep within, on a machine that does other things too
 
 
@@ -247,8 +248,9 @@ class Pace:
         left = sum(max(0.0, self.seconds - seconds) for seconds in running)
         count = batches + len(running)
         # A sum of `count` batches strays by the root of `count`, and the average itself is off by its weight's part.
-        margin = SPREADS * self._spread * math.sqrt(count + count**2 * PACE_WEIGHT / (2 - PACE_WEIGHT))
-        return (batches * self.seconds + left + margin) / max(1, replicas)
+        stray = SPREADS * self._spread * math.sqrt(count + count**2 * PACE_WEIGHT / (2 - PACE_WEIGHT))
+        expected = batches * self.seconds + left
+        return (expected + max(stray, SLACK * expected)) / max(1, replicas)
 
 
 def batches_until(items: int, units: int, *, batch_size: int, groupwise: bool) -> int:

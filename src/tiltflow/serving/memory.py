@@ -52,7 +52,9 @@ class Arena:
     def close(self) -> None:
         """Forget the memory; arrays that still show it keep it until they are gone."""
         self._map = None
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def put(self, samples: Sequence[Sample]) -> list[Layout]:
         """Copy the arrays of a batch into the memory, over what was there.

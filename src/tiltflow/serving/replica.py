@@ -137,7 +137,7 @@ class Process:
                 os.killpg(self._child.pid, signal.SIGKILL)
 
     async def close(self, *, seconds: float) -> str:
-        """End the process and free what it used.
+        """End the process and free what it used; a second call does no harm, nor one after an interrupted one.
 
         Args:
             seconds: For it to end by itself before it is killed.
@@ -151,18 +151,16 @@ class Process:
         if self._link is not None:
             self._link.close()
             await asyncio.sleep(0)  # the loop closes the socket in its next round
-        how = "was never started"
-        if self._child is not None:
-            await self._exited(seconds)
-            self.kill()
-            await self._exited(REAP_SECONDS)
-            atexit.unregister(self.kill)
-            how = _ending(self._child.exitcode)
-            if self._child.exitcode is not None:
-                self._child.close()
-            self._child = None
+        await self._exited(seconds)
+        self.kill()
+        await self._exited(REAP_SECONDS)
+        atexit.unregister(self.kill)
+        child, self._child = self._child, None
+        code = None if child is None else child.exitcode
+        if child is not None and code is not None:
+            child.close()
         self._arena.close()
-        return how
+        return _ending(code)
 
     async def _exited(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -310,8 +308,11 @@ class Replica:
 
     async def stop(self, *, seconds: float) -> str:
         """End the process and tell how it ended; see `Process.close`."""
-        process, self._process = self._process, None
-        return "is gone" if process is None else await process.close(seconds=seconds)
+        if self._process is None:
+            return "is gone"
+        how = await self._process.close(seconds=seconds)
+        self._process = None
+        return how
 
 
 def _pickled(name: str, source: ScorerSource) -> bytes:
