@@ -15,6 +15,7 @@ from typing import Any, Final
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tiltflow.serving.malloc import return_memory
 from tiltflow.serving.prometheus import HttpMetrics
 from tiltflow.serving.rendering import error_response
 from tiltflow.serving.wire import ID_HEADER, Limits, WireError
@@ -123,6 +124,8 @@ class Body:
                 chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > self._limits.body_bytes:
+                    del chunks, chunk, message
+                    return_memory()
                     raise self._too_large(f"more than {self._limits.body_bytes} bytes came")
                 if self._chunked:
                     self._hold(len(chunk))

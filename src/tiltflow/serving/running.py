@@ -17,6 +17,7 @@ from PIL import Image
 from tiltflow.errors import ConfigError
 from tiltflow.serving.app import create_app
 from tiltflow.serving.jobs import ScorerSource
+from tiltflow.serving.malloc import keep_memory
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import make_metrics
 from tiltflow.serving.settings import ServerSettings, address_of, listen
@@ -47,6 +48,7 @@ def run_server(specs: Sequence[ModelSpec], settings: ServerSettings) -> None:
     Raises:
         ConfigError: The address cannot be had, or no model could be made.
     """
+    keep_memory()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked, from the header
     with listen(settings) as found:
         server = _Server(specs, settings)
