@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tiltflow.serving.guard import read_body
 from tiltflow.serving.rendering import dump, error_headers
 from tiltflow.serving.requests import Parsed
 from tiltflow.serving.service import Service
@@ -72,7 +73,7 @@ class Adapters:
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if kind != JSON:
             raise WireError("unsupported_media", f"Content-Type is {kind!r}; send {JSON}", param="Content-Type")
-        return read_json(await request.body(), schema)
+        return read_json(await read_body(request.receive), schema)
 
     async def _rewards(self, request: Request, items: Sequence[Item]) -> list[float]:
         name = request.query_params.get("model")

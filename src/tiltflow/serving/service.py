@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from tiltflow.serving.guard import finish_or_gone
+from tiltflow.serving.guard import finish_or_gone, read_body
 from tiltflow.serving.idempotency import Replies, Reply
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import HttpMetrics
@@ -79,7 +79,7 @@ class Service:
         content_type = request.headers.get("content-type", "")
         media_type(content_type)  # refused before the body is read
         stream = NDJSON in request.headers.get("accept", "")
-        body = await request.body()
+        body = await read_body(request.receive)
         if stream:
             return await self._stream(request, context, body, content_type)
         digest = await self._digest(context, body, content_type)
