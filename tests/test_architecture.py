@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "algorithms": {"types", "flow"},
     "training": BELOW_TRAINING,
     "serving": BASE,
-    "serving.app": BASE | {"rewards"},
+    "serving.builtin": BASE | {"rewards"},
     "evaluation": BELOW_REPORT,
     "report": BELOW_REPORT | {"evaluation"},
     "demo": BASE | {"data", "rewards"},
@@ -51,7 +51,10 @@ HOMES: dict[str, set[str]] = {
     "tokenizers": {"policies"},
     "transformers": {"policies", "scorers"},
     "fastapi": {"serving"},
+    "starlette": {"serving"},
     "uvicorn": {"serving"},
+    "python_multipart": {"serving.multipart"},
+    "prometheus_client": {"serving.prometheus"},
     "openai": {"rewards.judge", "rewards.remote"},
     "httpx": {"rewards.judge", "rewards.remote"},
     "httpx2": {"rewards.judge", "rewards.remote", "rewards.retries", "rewards.transport"},
@@ -68,6 +71,7 @@ HOMES: dict[str, set[str]] = {
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
 OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai", "rapidocr", "rapidfuzz"}
 OPTIONAL |= {"httpx2", "stamina"}
+OPTIONAL |= {"python_multipart", "prometheus_client"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",
@@ -276,6 +280,7 @@ BAD: list[tuple[Check, str, str, str]] = [
     (check_arrows, "rewards.remote", "from tiltflow.serving import app", "imports tiltflow.serving.app"),
     (check_arrows, "rewards.remote", "from tiltflow.serving.wired import x", "imports tiltflow.serving.wired"),
     (check_arrows, "serving.batcher", "from tiltflow.rewards import RewardEngine", "imports tiltflow.rewards"),
+    (check_arrows, "serving.app", "from tiltflow.rewards import RewardEngine", "imports tiltflow.rewards"),
     (check_arrows, "training.trainer", "from tiltflow.serving import wire", "imports tiltflow.serving"),
     (check_arrows, "training.trainer", "from tiltflow.reward_training import x", "imports tiltflow.reward_training"),
     (check_arrows, "training.trainer", "from tiltflow.evaluation import x", "imports tiltflow.evaluation"),
@@ -299,6 +304,7 @@ BAD: list[tuple[Check, str, str, str]] = [
     (check_frameworks, "cli", "def f():\n    import uvicorn", "imports uvicorn"),
     (check_frameworks, "rewards.base", "def f():\n    import openai", "imports openai"),
     (check_frameworks, "rewards.judge", "import openai", "optional openai"),
+    (check_frameworks, "serving.prometheus", "import prometheus_client", "optional prometheus_client"),
     (check_frameworks, "serving.server", "import httpx", "imports httpx"),
     (check_frameworks, "serving.server", "def f():\n    import httpx2", "imports httpx2"),
     (check_frameworks, "rewards.transport", "import httpx2", "optional httpx2"),
@@ -345,7 +351,7 @@ GOOD: list[tuple[Check, str, str]] = [
     (check_arrows, "flow.steps", "from tiltflow.errors import DataError\nfrom tiltflow import __version__"),
     (check_arrows, "algorithms.ram", "from tiltflow.flow.paths import interpolate\nfrom tiltflow.types import Config"),
     (check_arrows, "rewards.remote", "from tiltflow.serving import wire\nfrom tiltflow.serving.wire import Request"),
-    (check_arrows, "serving.app", "from tiltflow.rewards import build_reward\nfrom tiltflow.serving import wire"),
+    (check_arrows, "serving.builtin", "from tiltflow.rewards import build_reward\nfrom tiltflow.serving import wire"),
     (check_arrows, "demo.run", "from tiltflow.cli import main\nfrom tiltflow.report import write"),
     (check_arrows, "demo.reward", "from tiltflow.rewards.base import PointwiseRewardModel"),
     (check_arrows, "testing", "from tiltflow.policies.base import Policy\nfrom tiltflow.rewards import base"),

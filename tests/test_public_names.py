@@ -28,6 +28,7 @@ PINNED = {
         "RemoteGroupwiseRewardModel",
     ],
     "tiltflow.scorers": ["ClipScorer", "AestheticScorer", "ImageRewardScorer", "clip_preprocess", "hps_preprocess"],
+    "tiltflow.serving": ["RewardServer"],
     "tiltflow.rewards.geneval": ["Detection", "score_detections"],
     "tiltflow.testing": ["ToyPolicy", "ConstantReward", "QuadraticReward"],
 }
@@ -51,6 +52,9 @@ SIGNATURES = {
     "tiltflow.rewards:GroupwiseRewardModel.__init__": REWARD,
     "tiltflow.rewards:RemotePointwiseRewardModel.__init__": REWARD,
     "tiltflow.rewards:RemoteGroupwiseRewardModel.__init__": REWARD,
+    "tiltflow.serving:RewardServer.compute_reward": (
+        "(self, prompts, images=None, videos=None, condition_images=None, condition_videos=None, metadata=None)"
+    ),
     "tiltflow.scorers:clip_preprocess": "(images, *, size=224)",
     "tiltflow.scorers:hps_preprocess": "(images, *, size=224, antialias=True)",
     "tiltflow.scorers:ClipScorer": "(backbone, *, kind, scale=None, antialias=True)",

@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--group_size", type=_positive, default=1, help="images in a row that belong to one group")
     score.set_defaults(run=_score)
 
+    serve = commands.add_parser("serve", help="score over HTTP", allow_abbrev=False)
+    serve.add_argument(
+        "rewards", nargs="+", help="names, Python paths, or '{reward_model: Geneval, detector: shapes, name: shapes}'"
+    )
+    _serve_arguments(serve)
+    serve.set_defaults(run=_serve)
+
     doctor = commands.add_parser(
         "doctor", help="list every reward: importable? weights found? device", allow_abbrev=False
     )
@@ -93,6 +100,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use at least 1")
     return value
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="another one needs a token, or --insecure")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--token", help="what clients must send; by default TILTFLOW_SERVER_TOKEN of the environment")
+    parser.add_argument("--insecure", action="store_true", help="answer anyone who can reach the address")
+    parser.add_argument("--replicas", type=_positive, default=1, help="worker processes of each reward")
+    parser.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="after so long a call counts as hung")
+    parser.add_argument(
+        "--limit", action="append", default=[], help="name=value, such as items=512; as often as needed"
+    )
+    parser.add_argument("--drain_seconds", type=float, default=30.0, help="after SIGTERM, for what is in flight")
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +194,28 @@ def _score(arguments: argparse.Namespace, overrides: Overrides) -> int:
     if useless:
         print(f"tiltflow score: no image has a score from: {', '.join(useless)}", file=sys.stderr)
     return 1 if useless else 0
+
+
+def _serve(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    if overrides:
+        raise ConfigError(
+            f"--{overrides[0][0]} is no option of serve; `tiltflow serve --help` lists them; a reward's own options go "
+            "into its mapping"
+        )
+    from tiltflow.commands import run_serving
+
+    run_serving(
+        arguments.rewards,
+        host=arguments.host,
+        port=arguments.port,
+        token=arguments.token,
+        insecure=arguments.insecure,
+        replicas=arguments.replicas,
+        batch_size=arguments.batch_size,
+        batch_seconds=arguments.batch_seconds,
+        limits=arguments.limit,
+        drain_seconds=arguments.drain_seconds,
+    )
 
 
 def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> None:

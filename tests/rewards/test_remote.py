@@ -33,6 +33,7 @@ from tiltflow.rewards import (
 )
 from tiltflow.rewards import remote as remote_module
 from tiltflow.rewards import retries as retries_module
+from tiltflow.rewards.base import PROVIDED_FIELDS
 from tiltflow.rewards.endpoints import RetryBudget
 from tiltflow.rewards.retries import RemoteRewardError, RemoteTimeoutError
 from tiltflow.serving import wire
@@ -584,13 +585,13 @@ FAR = {"server_url": "http://localhost:8000"}
         (FAR | {"pixels": "float16"}, "pixels: Input should be 'auto', 'uint8' or 'float32'; got 'float16'"),
         (FAR | {"required_fields": ["image", "depth"]}, "required_fields names 'depth'; legal fields: prompt, image"),
         (FAR | {"required_fields": []}, "required_fields: .*name what the server needs, of: prompt, image"),
-        (FAR | {"required_fields": ["video"]}, "requires 'video', which the samples of this version do not have"),
+        (FAR | {"required_fields": ["video"]}, "requires 'video', which these samples do not have"),
         (FAR | {"token": "t", "token_env": "T"}, "token_env: .*give token or token_env, not both"),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_asked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RewardError, match=f"^reward 'far'.*{message}"):
-        check_reward(entry("far", POINTWISE, options=options))
+        check_reward(entry("far", POINTWISE, options=options), provided=PROVIDED_FIELDS)
 
 
 def test_the_documented_keys_load_in_a_config() -> None:

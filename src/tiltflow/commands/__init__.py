@@ -6,6 +6,7 @@ from tiltflow.commands.evaluate import run_evaluation
 from tiltflow.commands.pretrain import run_pretraining
 from tiltflow.commands.sample import run_sampling
 from tiltflow.commands.score import failure_causes, run_scoring, summary_table, without_score
+from tiltflow.commands.serve import run_serving
 from tiltflow.commands.train import run_training
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "run_pretraining",
     "run_sampling",
     "run_scoring",
+    "run_serving",
     "run_training",
     "summary_table",
     "without_score",

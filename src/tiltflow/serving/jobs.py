@@ -77,11 +77,16 @@ class Scorer(Protocol):
 
     def score(
         self, samples: Sequence[Sample]
-    ) -> tuple[Sequence[float], Mapping[str, Sequence[Any]], Mapping[int, str]]:
+    ) -> tuple[Sequence[float], Mapping[str, Sequence[Any]], Mapping[int, str | WireError]]:
         """Score samples of one shape key, or exactly one group of a groupwise model.
 
         Returns:
-            B scores, components (key -> B values), and failures (place in the batch -> why).
+            B scores, components (key -> B values), and failures (place in the batch -> why; a text is told as
+            `scorer_error`). What is not finite in a component is told as null.
+
+        Raises:
+            WireError: Every sample of the call failed for this reason; anything else that is raised is a
+                `scorer_error` of the sample that causes it, which is found by calling again with parts of the batch.
         """
         ...
 
@@ -92,3 +97,6 @@ class ScorerSource:
 
     factory: Callable[..., Scorer]  # of a module's top level
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # The arrays that the scorer gets are read-only and hold only until `score` returns, because their memory is used
+    # again: right for a scorer that converts them. False gives it arrays of its own.
+    borrows: bool = False

@@ -9,7 +9,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import safetensors
@@ -30,6 +30,9 @@ REQUEST: Final = "request"  # the name of the JSON in safetensors metadata and i
 DEADLINE_HEADER: Final = "X-Request-Timeout-Ms"  # milliseconds that the client will still wait
 KEY_HEADER: Final = "Idempotency-Key"
 ID_HEADER: Final = "X-Request-Id"
+
+# Values in one JSON text: each costs a parser many times its bytes, and 64 MiB have room for 33 million of them.
+JSON_VALUES: Final = 1_000_000
 
 # Levels `[H, W, 3]` uint8, or values in [0, 1] `[3, H, W]` float32; a video has one more axis in front.
 Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.float32]
@@ -61,6 +64,9 @@ CODES: Final[Mapping[str, tuple[int, bool]]] = {
     "model_failed": (503, False),
     "deadline_exceeded": (504, True),
 }
+
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class WireError(TiltflowError):
@@ -124,7 +130,7 @@ class Item(Message):
     """One sample: what is scored, and what it was made from."""
 
     id: str = ""  # the client's own name of it, told again in the reply
-    prompt: str = ""
+    prompt: str | None = None  # None: it has none, which is not the empty prompt
     image: Media | None = None
     video: Video | None = None
     condition_images: list[Media] | None = None
@@ -224,10 +230,20 @@ def read_request(text: bytes | str) -> ScoreRequest:
     Raises:
         WireError: It is no such JSON; `param` names the field.
     """
+    return read_json(text, ScoreRequest)
+
+
+def read_json(text: bytes | str, schema: type[AnyModel]) -> AnyModel:
+    """Parse JSON of a schema.
+
+    Raises:
+        WireError: It is no such JSON; `param` names the field.
+    """
+    _check_values(text.encode() if isinstance(text, str) else text)
     try:
-        return ScoreRequest.model_validate_json(text)
+        return schema.model_validate_json(text)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
         message = f"{param or 'the request'}: {problem['msg']}"
         raise WireError("invalid_request", message, param=param or None) from error
@@ -244,23 +260,25 @@ def unpack_safetensors(body: bytes) -> tuple[ScoreRequest, dict[str, Pixels]]:
     """Read a safetensors body.
 
     Returns:
-        The request, and its tensors: uint8 or float32, none of them empty.
+        The request, and its tensors: uint8 or float32, none of them empty, of three axes or more.
 
     Raises:
-        WireError: It is malformed, holds no request, or a tensor is empty or of another dtype.
+        WireError: It is malformed, holds no request, or a tensor is of another dtype or has no pixels.
     """
     try:
-        tensors = safetensors.numpy.load(body)
         (length,) = struct.unpack_from("<Q", body)
-        text = json.loads(body[8 : 8 + length]).get("__metadata__", {}).get(REQUEST)
+        header = body[8 : 8 + length]
+        _check_values(header)
+        tensors = safetensors.numpy.load(body)
+        text = json.loads(header).get("__metadata__", {}).get(REQUEST)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
         raise WireError("invalid_item", f"the body is no safetensors file: {error}", param="body") from error
-    if text is None:
+    if not isinstance(text, str):
         raise WireError("invalid_request", f"the safetensors metadata has no {REQUEST!r}", param=REQUEST)
     for name, tensor in tensors.items():
         if tensor.dtype not in (np.uint8, np.float32):
             raise WireError("invalid_item", f"{name}: dtype {tensor.dtype}; send uint8 or float32", param=name)
-        if tensor.size == 0:
+        if tensor.size == 0 or tensor.ndim < 3:
             raise WireError("invalid_item", f"{name}: shape {list(tensor.shape)} has no pixels", param=name)
     return read_request(text), tensors
 
@@ -309,6 +327,11 @@ def in_order(results: Sequence[ItemResult], *, items: int) -> list[ItemResult]:
         if (result.status == "ok") == (result.error is not None):
             raise ValueError(f"the answer about item {result.index} is {result.status!r} and contradicts itself")
     return ordered
+
+
+def _check_values(text: bytes) -> None:
+    if sum(map(text.count, (b",", b"{", b"["))) > JSON_VALUES:
+        raise WireError("invalid_request", f"the JSON has more than {JSON_VALUES} values", param=REQUEST)
 
 
 def _no_constant(name: str) -> float:

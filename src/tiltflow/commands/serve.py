@@ -1,0 +1,101 @@
+"""`tiltflow serve`: rewards by name or Python path behind HTTP."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from tiltflow.config import normalise_rewards, parse_value, validate
+from tiltflow.errors import ConfigError
+from tiltflow.rewards import RewardArguments, check_reward
+from tiltflow.serving.builtin import source_of
+from tiltflow.serving.settings import ServerSettings
+from tiltflow.serving.wire import Limits
+
+
+def run_serving(
+    rewards: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    insecure: bool,
+    replicas: int,
+    batch_size: int,
+    batch_seconds: float,
+    limits: Sequence[str],
+    drain_seconds: float,
+) -> None:
+    """Serve rewards until SIGTERM or SIGINT; everything that can be checked is checked before a worker starts.
+
+    Args:
+        rewards: Names, Python paths, or YAML mappings such as `{reward_model: Geneval, detector: shapes}`.
+        host: Where to listen.
+        port: 0 takes a free one.
+        token: What clients must send; None takes the environment variable.
+        insecure: Answer anyone who can reach the address.
+        replicas: Worker processes of each reward.
+        batch_size: Samples per call of rewards that do not set their own.
+        batch_seconds: After so long a call counts as hung.
+        limits: `name=value`, of `Limits`.
+        drain_seconds: After SIGTERM, for what is in flight.
+
+    Raises:
+        ConfigError: An option is wrong, a package is missing, the address cannot be had, or no reward could be built.
+        RewardError: There is no such reward, or one of its options is wrong.
+    """
+    arguments = _arguments(rewards, batch_size)
+    settings = ServerSettings(
+        host=host, port=port, token=token, insecure=insecure, limits=read_limits(limits), drain_seconds=drain_seconds
+    )
+    try:
+        from tiltflow.serving.running import ModelSpec, run_server
+    except ImportError as error:
+        raise ConfigError(
+            f"serving needs a package that is missing ({error}): pip install 'tiltflow[serve]'"
+        ) from error
+    specs = [
+        ModelSpec(
+            entry.name,
+            source_of(entry),
+            replicas=replicas,
+            batch_size=entry.batch_size,
+            batch_seconds=batch_seconds,
+        )
+        for entry in arguments
+    ]
+    run_server(specs, settings)
+
+
+def read_limits(pairs: Sequence[str]) -> Limits:
+    """Return limits of which some were given as `name=value`.
+
+    Raises:
+        ConfigError: One is unknown or no number.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in Limits.model_fields:
+            near = difflib.get_close_matches(name, Limits.model_fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"--limit {pair}: no limit is called {name!r}{hint}; limits: {', '.join(Limits.model_fields)}"
+            )
+        found[name] = value
+    return validate(Limits, found, source="--limit")
+
+
+def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]:
+    entries: list[dict[str, Any]] = []
+    for text in rewards:
+        entries += normalise_rewards(parse_value("rewards", text), key="serve")
+    arguments = [validate(RewardArguments, {"batch_size": batch_size, **entry}, source="serve") for entry in entries]
+    for entry in arguments:
+        check_reward(entry)
+        if "@" in entry.name or "/" in entry.name:
+            raise ConfigError(f"name={entry.name!r}: leave out @ and /, which requests and addresses give a meaning")
+    names = [entry.name for entry in arguments]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{twice[0]!r} is served twice; give one of them another `name`")
+    return arguments

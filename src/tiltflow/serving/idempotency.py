@@ -1,0 +1,114 @@
+"""Requests that were sent twice: the second joins the first, or gets its reply."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tiltflow.serving.wire import KEY_HEADER, WireError
+
+KEPT_ENTRIES: Final = 10_000
+KEPT_SECONDS: Final = 600.0
+KEPT_BYTES: Final = 64 * 2**20  # of all replies together
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is sent for a request."""
+
+    status: int
+    body: bytes
+
+    @property
+    def final(self) -> bool:
+        """Tell whether the same request would get the same reply again: not if it may just work next time."""
+        return self.status < 500 and self.status != 429
+
+
+Work = Callable[[], Coroutine[Any, Any, Reply]]
+
+
+@dataclass
+class _Entry:
+    digest: bytes
+    task: "asyncio.Task[Reply]"
+    waiting: int = 0
+    expires: float = 0.0  # on the monotonic clock; set when it is done
+    size: int = 0
+
+
+class Replies:
+    """Runs each request's work once, for all that wait for it, and keeps the replies of those with a key."""
+
+    def __init__(self, *, entries: int = KEPT_ENTRIES, seconds: float = KEPT_SECONDS, size: int = KEPT_BYTES):
+        """Keep at most so many replies, for so long, of so many bytes in all."""
+        self._most = entries
+        self._seconds = seconds
+        self._room = size
+        self._running: dict[str, _Entry] = {}
+        self._done: OrderedDict[str, _Entry] = OrderedDict()  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._done)
+
+    @contextmanager
+    def join(self, key: str | None, digest: bytes, work: Work) -> "Iterator[asyncio.Task[Reply]]":
+        """Start the work, or join what was started for the same key.
+
+        On leaving, the work is cancelled if it is not done and nobody else waits for it.
+
+        Args:
+            key: The client's name of the request; None keeps nothing.
+            digest: Of the request's body.
+            work: Makes the reply.
+
+        Raises:
+            WireError: `idempotency_conflict`: the key was used for another body.
+        """
+        self._expire()
+        entry = self._running.get(key) or self._done.get(key) if key is not None else None
+        if entry is not None and entry.digest != digest:
+            message = f"{KEY_HEADER} {key!r} was used for another body; use a new key for a new request"
+            raise WireError("idempotency_conflict", message, param=KEY_HEADER)
+        if entry is None:
+            entry = self._begin(key, digest, work)
+        entry.waiting += 1
+        try:
+            yield entry.task
+        finally:
+            entry.waiting -= 1
+            if not entry.waiting and not entry.task.done():
+                if key is not None:  # whoever comes next with this key must not join what is ending
+                    self._running.pop(key, None)
+                entry.task.cancel()
+
+    def _begin(self, key: str | None, digest: bytes, work: Work) -> _Entry:
+        entry = _Entry(digest, asyncio.ensure_future(work()))
+        if key is None:
+            return entry
+        self._running[key] = entry
+
+        def finished(task: "asyncio.Task[Reply]") -> None:
+            if self._running.get(key) is not entry:
+                return
+            del self._running[key]
+            if not task.cancelled() and task.exception() is None and task.result().final:
+                entry.expires = time.monotonic() + self._seconds
+                entry.size = len(task.result().body)
+                self._room -= entry.size
+                self._done[key] = entry
+
+        entry.task.add_done_callback(finished)
+        return entry
+
+    def _expire(self) -> None:
+        """Drop what is too old, and the oldest of what is too much."""
+        while self._done:
+            key, entry = next(iter(self._done.items()))
+            if entry.expires > time.monotonic() and len(self._done) <= self._most and self._room >= 0:
+                return
+            del self._done[key]
+            self._room += entry.size

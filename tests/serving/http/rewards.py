@@ -1,0 +1,46 @@
+"""Rewards that `tiltflow serve` is given by the tests."""
+
+import torch
+
+from tiltflow.errors import RewardError
+from tiltflow.rewards import PointwiseRewardModel, RewardModelOutput
+
+
+class Judged(PointwiseRewardModel):
+    """Asks a judge that is out, about some samples or at all."""
+
+    required_fields = ("prompt",)
+
+    def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
+        if "out" in prompt:
+            raise RewardError("the judge 'm' at http://localhost:1/v1 failed: no connection")
+        failures = {
+            place: RewardError("the judge 'm' gave an empty answer") if text == "empty" else ValueError("odd")
+            for place, text in enumerate(prompt)
+            if text in ("empty", "odd")
+        }
+        values = [0.5] * len(prompt)
+        return RewardModelOutput(values, {"tensor": torch.arange(len(prompt)), "word": prompt}, failures)
+
+
+class Conditioned(PointwiseRewardModel):
+    """Looks at everything at once, as tensors."""
+
+    required_fields = ("image", "video", "condition_images", "condition_videos", "metadata")
+    use_tensor_inputs = True
+
+    def __call__(self, image=None, video=None, condition_images=None, condition_videos=None, metadata=None, **_):
+        return RewardModelOutput(
+            [
+                image[place].mean() + video[place].mean() + sum(each.mean() for each in condition_images[place])
+                + sum(each.mean() for each in condition_videos[place]) + metadata[place]["more"]
+                for place in range(len(image))
+            ]
+        )  # fmt: skip
+
+
+class TooFew(PointwiseRewardModel):
+    required_fields = ("prompt",)
+
+    def __call__(self, prompt, **_):
+        return RewardModelOutput([0.5] * (len(prompt) - 1))

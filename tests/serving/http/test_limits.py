@@ -1,0 +1,236 @@
+"""What a server must not swallow: bodies that are slow, large or many, and pictures that unfold."""
+
+import io
+import select
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.serving.http.servers import Server, at_once, b64, codes, faulty, picture, scores
+from tiltflow.serving.wire import SAFETENSORS
+
+MIB = 2**20
+LIMITS = {
+    "body_seconds": 1.0,
+    "inflight_bytes": 256 * MIB,
+    "image_side": 4096,
+    "decoded_bytes": 20 * MIB,
+    "items": 100,
+    "prompt_bytes": 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with faulty(limits=LIMITS) as running:
+        yield running
+
+
+def head(length: str, *, content_type: str = "application/json", more: str = "") -> bytes:
+    return (f"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n{length}\r\n{more}\r\n").encode()
+
+
+def status_of(connection: socket.socket) -> int:
+    """Read a reply to its end and return its status."""
+    data = b""
+    while chunk := connection.recv(65536):
+        data += chunk
+        if b"\r\n\r\n" in data and b'"}}' in data:
+            break
+    return int(data.split(None, 2)[1])
+
+
+def test_200_slow_bodies_are_cut_and_others_are_served_meanwhile(server: Server) -> None:
+    start = time.monotonic()
+    slow = [server.connect() for _ in range(200)]
+    try:
+        for connection in slow:
+            connection.sendall(head("Content-Length: 1000") + b"{")
+        waits: list[float] = []
+        while time.monotonic() - start < 1.0:
+            answer = server.score(["4"])
+            assert (answer.status, scores(answer)) == (200, [4.0])
+            waits.append(answer.seconds)
+        assert sorted(waits)[len(waits) // 2] < 0.25
+        assert {status_of(connection) for connection in slow} == {408}
+        assert time.monotonic() - start < 8
+    finally:
+        for connection in slow:
+            connection.close()
+    assert server.score(["4"]).status == 200
+
+
+@pytest.mark.parametrize(
+    "length", ["Content-Length: 100000000000", "Content-Length: 67108865", f"Content-Length: {'9' * 19}"]
+)
+def test_a_declared_length_beyond_the_limit_is_refused_before_a_byte_of_it(server: Server, length: str) -> None:
+    before = server.rss()
+    with server.connect() as connection:
+        connection.sendall(head(length))
+        start = time.monotonic()
+        assert status_of(connection) == 413
+        assert time.monotonic() - start < 0.5
+    assert server.rss() - before < 10 * MIB
+
+
+def test_the_refusal_reaches_a_client_that_keeps_sending(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(head("Content-Length: 67108865"))
+        for _ in range(40):
+            connection.sendall(b"x" * 65536)
+        assert status_of(connection) == 413
+
+
+def test_a_chunked_body_is_cut_at_the_limit(server: Server) -> None:
+    before = server.rss()
+    with server.connect() as connection:
+        connection.sendall(head("Transfer-Encoding: chunked"))
+        sent = 0
+        block = b"%x\r\n" % MIB + b"x" * MIB + b"\r\n"
+        try:
+            while sent < 700:
+                connection.sendall(block)
+                sent += 1
+            status = None
+        except OSError:  # the server does not listen to the end
+            status = status_of(connection)
+        assert (status or status_of(connection)) == 413
+    assert sent < 200
+    time.sleep(0.2)
+    assert server.rss() - before < 10 * MIB
+
+
+def test_bodies_of_all_requests_together_have_a_budget(server: Server) -> None:
+    connections = [server.connect() for _ in range(12)]
+    try:
+        for connection in connections:
+            connection.sendall(head(f"Content-Length: {60 * MIB}"))
+        time.sleep(0.5)
+        answered, _, _ = select.select(connections, [], [], 0)
+        assert [status_of(connection) for connection in answered] == [429] * 8
+        assert server.get("/metrics").body.count(b"tiltflow_inflight_bytes 2.5165824e+08") == 1  # of the other four
+    finally:
+        for connection in connections:
+            connection.close()
+    assert server.score(["4"]).status == 200
+    assert b"tiltflow_inflight_bytes 0.0" in server.get("/metrics").body
+
+
+@pytest.mark.parametrize("name", ["gzip", "br", "deflate"])
+def test_compressed_bodies_are_refused(server: Server, name: str) -> None:
+    answer = server.score(["4"], headers={"Content-Encoding": name})
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media")
+
+
+def bomb(side: int = 12000) -> bytes:
+    """Return a picture of 144 megapixels in a few hundred KiB."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_picture_of_144_megapixels_is_refused_by_its_header(server: Server) -> None:
+    data = bomb()
+    assert len(data) < 700 * 1024
+    before = server.rss()
+    answer = server.post("/v1/score", {"items": [{"prompt": "4", "image": b64(data)} for _ in range(8)]})
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (422, "invalid_item", "items[0].image")
+    assert "12000x12000" in answer.error["message"]
+    assert answer.seconds < 3
+    assert server.rss() - before < 40 * MIB  # the bodies themselves, and nothing of the 3.5 GB of pixels
+
+
+def test_what_all_pictures_unfold_to_has_a_budget(server: Server) -> None:
+    items = [{"prompt": "4", "image": b64(picture(side=1800))} for _ in range(3)]
+    answer = server.post("/v1/score", {"items": items})
+    assert (answer.status, answer.error["code"]) == (413, "payload_too_large")
+    answer = server.post("/v1/score", {"items": items[:2]})
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "param"),
+    [
+        ({"items": []}, 400, "items"),
+        ({"items": [{"prompt": "4"}] * 101}, 413, "items"),
+        ({"items": [{"prompt": "x" * 1001}]}, 422, "items[0].prompt"),
+        (
+            {"items": [{"prompt": "4", "meta": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}}]},
+            400,
+            "meta",
+        ),
+        ({"items": [{"prompt": "4", "colour": 1}]}, 400, "items[0].colour"),
+        ({"items": [{"prompt": 4}]}, 400, "items[0].prompt"),
+        ({"items": [{}]}, 422, "items[0].prompt"),
+        ({"items": [{"prompt": "4"}], "params": {"a": 1}}, 400, "params"),
+        ({"items": [{"prompt": "4"}], "partial": "maybe"}, 400, "partial"),
+        ({"items": [{"prompt": "4"}], "models": ["Other"]}, 404, "models[0]"),
+        ({"items": [{"prompt": "4"}], "models": ["Faulty@v9"]}, 404, "models[0]"),
+        ({"items": [{"prompt": "4", "image": {"url": "http://x/y.png"}}]}, 400, "items[0].image"),
+        ({"items": [{"prompt": "4", "image": {"ref": "a"}}]}, 422, "items[0].image.ref"),
+        ([1], 400, None),
+    ],
+)
+def test_wrong_requests_name_the_field(server: Server, content: Any, status: int, param: str | None) -> None:
+    answer = server.post("/v1/score", content)
+    assert answer.status == status
+    assert answer.error["retryable"] is False
+    if param is not None:
+        assert param in answer.error["param"]
+
+
+def test_json_numbers_that_json_does_not_have_are_refused(server: Server) -> None:
+    headers = {"Content-Type": "application/json"}
+    for text in ('{"items":[{"prompt":"4","meta":{"a":NaN}}]}', '{"items":[{"prompt":"4"}],"priority":Infinity}', "{"):
+        assert server.ask("POST", "/v1/score", text.encode(), headers=headers).status == 400
+
+
+def test_a_flood_of_tiny_values_is_refused(server: Server) -> None:
+    text = b'{"items":[{"prompt":"4","meta":{"a":[' + b"1," * 10**6 + b"1]}}]}"
+    answer = server.ask("POST", "/v1/score", text, headers={"Content-Type": "application/json"})
+    assert (answer.status, answer.error["param"]) == (400, "request")
+
+
+@pytest.mark.parametrize(("header", "value"), [("X-Request-Timeout-Ms", "soon"), ("Idempotency-Key", "k" * 256)])
+def test_wrong_headers_are_named(server: Server, header: str, value: str) -> None:
+    answer = server.score(["4"], headers={header: value})
+    assert (answer.status, answer.error["param"]) == (400, header)
+
+
+def test_other_content_types_are_refused_before_the_body(server: Server) -> None:
+    answer = server.ask("POST", "/v1/score", b"\x80\x04.", headers={"Content-Type": "application/x-pickle"})
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media")
+    assert SAFETENSORS in answer.error["message"]
+
+
+def test_too_many_connections_are_told_so() -> None:
+    with faulty(limits={"connections": 8}) as server:
+        held = [server.connect() for _ in range(8)]
+        try:
+            time.sleep(0.2)
+            assert server.get("/livez").status == 503
+        finally:
+            for connection in held:
+                connection.close()
+        time.sleep(0.2)
+        assert server.get("/livez").status == 200
+
+
+@pytest.mark.slow
+def test_connections_that_never_ask_are_closed(server: Server) -> None:
+    quiet, halfway = server.connect(), server.connect()
+    with quiet, halfway:
+        halfway.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\n")
+        start = time.monotonic()
+        assert quiet.recv(10) == halfway.recv(10) == b""
+        assert 9 < time.monotonic() - start < 14
+
+
+def test_several_at_once_get_their_own_answers(server: Server) -> None:
+    answers = at_once(16, lambda index: server.score([str(index), str(100 + index)]))
+    assert [scores(answer) for answer in answers] == [[float(i), 100.0 + i] for i in range(16)]
+    assert all(codes(answer) == ["ok", "ok"] for answer in answers)
