@@ -67,7 +67,7 @@ def score_contrast_rank(items: Sequence[wire.Item], tensors: Tensors) -> list[fl
 
 
 def score_length(items: Sequence[wire.Item], tensors: Tensors) -> list[float]:
-    return [float(len(item.prompt)) for item in items]
+    return [float(len(item.prompt or "")) for item in items]
 
 
 MODELS: Mapping[str, tuple[Scoring, wire.ModelInfo]] = {
@@ -99,7 +99,7 @@ def result(request: wire.ScoreRequest, scores: Sequence[float], info: wire.Model
                 "id": item.id,
                 "status": "ok",
                 "scores": {info.name: score},
-                "components": {info.name: {"letters": len(item.prompt)}},
+                "components": {info.name: {"letters": len(item.prompt or "")}},
                 "error": None,
             }
             for index, (item, score) in enumerate(zip(request.items, scores, strict=True))

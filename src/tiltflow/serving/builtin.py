@@ -69,15 +69,15 @@ class RewardScorer:
         fields = {name: [self._value(sample, name) for sample in samples] for name in self._model.required_fields}
         try:
             with torch.no_grad():
-                values, info, failures = read_output(self._model(**fields), len(samples))
+                answer = read_output(self._model(**fields), len(samples))
         except WrongLength as error:
             raise WireError("wrong_count", str(error)) from error
         except RewardError as error:
             if str(error).startswith(JUDGE):
                 raise WireError("upstream_judge", str(error)) from error
             raise
-        told = {place: _told(error) for place, error in failures.items()}
-        return values.tolist(), {name: [_plain(cell) for cell in column] for name, column in info.items()}, told
+        told = {place: _told(error) for place, error in answer.failures.items()}
+        return answer.scores.tolist(), answer.extra_info, told
 
     def _value(self, sample: Sample, name: str) -> Any:
         match name:
@@ -137,10 +137,6 @@ def _files(path: Path) -> list[Path]:
 def _told(error: Exception) -> str | WireError:
     text = f"{type(error).__name__}: {error}"
     return WireError("upstream_judge", text) if str(error).startswith(JUDGE) else text
-
-
-def _plain(cell: Any) -> Any:
-    return cell.tolist() if isinstance(cell, Tensor) else cell
 
 
 def _there(array: Pixels | None) -> Pixels:
