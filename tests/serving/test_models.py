@@ -289,7 +289,7 @@ def test_cancelled_and_expired_samples_are_dropped_before_compute(tmp_path: Path
     async def test() -> None:
         log = tmp_path / "calls"
         async with serving(options={"log": str(log)}) as model:
-            first = submit(model, ["sleep=0.4"])
+            first = submit(model, ["sleep=1.5"])
             await asyncio.sleep(0.05)
             wanted = submit(model, ["w"])
             for future in submit(model, ["c1", "c2"]):
@@ -297,13 +297,13 @@ def test_cancelled_and_expired_samples_are_dropped_before_compute(tmp_path: Path
             expiring = submit(model, ["e1", "e2"], seconds=0.1)
             begun = time.monotonic()
             assert codes(await asyncio.gather(*expiring)) == ["deadline_exceeded"] * 2
-            assert time.monotonic() - begun < 0.25  # at the deadline, not when the model is free
+            assert time.monotonic() - begun < 1.2  # at the deadline, not when the model is free
             assert model.queue_items == 1  # what expired takes no place, and what was cancelled went with it
             assert codes(await asyncio.gather(*first, *wanted)) == ["", ""]
             with pytest.raises(WireError, match="deadline passed") as caught:
                 submit(model, ["late"], seconds=-0.1)
             assert caught.value.code == "deadline_exceeded"
-        assert calls(log) == [["sleep=0.4"], ["w"]]
+        assert calls(log) == [["sleep=1.5"], ["w"]]
 
     run(test())
 
@@ -350,11 +350,12 @@ def test_sheds_what_would_come_too_late() -> None:
             assert caught.value.code == "overloaded"
             assert 400 <= (caught.value.retry_after_ms or 0) <= 2400
             assert metrics.reasons == ["too_slow"]
-            urgent = submit(model, ["3"], seconds=1.0, priority=1)  # it waits for the running batch only
-            assert codes(await asyncio.gather(*urgent)) == [""]
+            assert model._estimate(1) < model._estimate(0) / 2  # it waits for the running batch only
+            assert codes(await ask(model, ["3"], priority=1)) == [""]
+            assert not all(future.done() for future in waiting)
             for future in waiting:
                 future.cancel()
-            assert codes(await ask(model, ["4"], seconds=1.0)) == [""]  # nobody waits for those any more
+            assert codes(await ask(model, ["4"])) == [""]  # nobody waits for those any more
 
     run(test())
 
@@ -391,9 +392,10 @@ def test_two_replicas_share_the_queue(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(replicas=2, batch_size=1, options={"seconds": 0.2}) as model:
             await until(lambda: all(lane.state == "READY" for lane in model._lanes))
-            begun = time.monotonic()
-            assert codes(await ask(model, ["1"] * 6)) == [""] * 6
-            assert 0.6 <= time.monotonic() - begun < 1.1
+            answers = submit(model, ["1"] * 6)
+            await until(lambda: all(lane.busy_since is not None for lane in model._lanes))
+            assert not any(future.done() for future in answers) and model.queue_items == 4
+            assert codes(await asyncio.gather(*answers)) == [""] * 6
 
     run(test())
 
@@ -425,7 +427,7 @@ def test_what_is_not_finished_by_the_end_of_the_drain_is_told() -> None:
             await asyncio.wait(waiting, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
             begun = time.monotonic()
             await model.stop(drain_seconds=0.2)
-            assert time.monotonic() - begun < 1.0
+            assert time.monotonic() - begun < 3.0
             assert codes(await asyncio.gather(*waiting)) == ["", "draining", "draining"]
 
     run(test())
