@@ -38,6 +38,15 @@ class Watched(PointwiseRewardModel):
         return RewardModelOutput(torch.stack([item[0, 0, 0] for item in image]))
 
 
+class Hanging(Watched):
+    """Takes a second over batches that begin with a bright image."""
+
+    def __call__(self, prompt, image=None, **fields: Any):
+        if image[0][0, 0, 0] > 0.5:
+            time.sleep(1.0)
+        return super().__call__(prompt, image=image)
+
+
 class WatchedGroup(GroupwiseRewardModel):
     use_tensor_inputs = True
 
@@ -136,12 +145,6 @@ def test_answers_are_merged_by_sample_in_whatever_order_they_come() -> None:
 
 
 def test_a_call_that_takes_too_long_is_a_recorded_failure_and_the_others_count() -> None:
-    class Hanging(Watched):
-        def __call__(self, prompt, image=None, **fields: Any):
-            if image[0][0, 0, 0] > 0.5:
-                time.sleep(1.0)
-            return super().__call__(prompt, image=image)
-
     engine = engine_of(Hanging, async_reward=True, num_workers=2, batch_size=1, timeout=0.1, on_error="mask")
     began = time.monotonic()
     table = engine.score(batch([0.1, 0.9, 0.2]))
@@ -152,12 +155,6 @@ def test_a_call_that_takes_too_long_is_a_recorded_failure_and_the_others_count()
 
 
 def test_a_call_that_hangs_does_not_hold_its_lane() -> None:
-    class Hanging(Watched):
-        def __call__(self, prompt, image=None, **fields: Any):
-            if image[0][0, 0, 0] > 0.5:
-                time.sleep(1.0)
-            return super().__call__(prompt, image=image)
-
     engine = engine_of(Hanging, async_reward=True, batch_size=1, timeout=0.1, on_error="mask")
     began = time.monotonic()
     table = engine.score(batch([0.9, 0.1, 0.8, 0.2]))
@@ -176,12 +173,6 @@ def test_an_answer_that_came_too_late_is_none_whenever_it_is_looked_at() -> None
 
 
 def test_a_hanging_call_keeps_only_its_own_samples_in_memory() -> None:
-    class Hanging(Watched):
-        def __call__(self, prompt, image=None, **fields: Any):
-            if image[0][0, 0, 0] > 0.5:
-                time.sleep(1.0)
-            return super().__call__(prompt, image=image)
-
     engine = engine_of(Hanging, async_reward=True, batch_size=1, timeout=0.1, on_error="mask")
     samples = batch([0.9, 0.1])
     images = [image.clone() for image in samples.images]
