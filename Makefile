@@ -15,7 +15,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo test test-all lint typecheck check pretrain bench clean
+.PHONY: help install dev demo test test-all soak lint typecheck check pretrain bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,10 +41,13 @@ demo: install ## post-train the packaged tiny model and write a report to output
 	$(BIN)/python -m tiltflow.demo.run --output_dir outputs/demo $(ARGS)
 
 test: dev ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -m 'not slow' -q $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not soak' -q $(ARGS)
 
-test-all: dev ## run every test
-	$(BIN)/python -m pytest -q $(ARGS)
+test-all: dev ## run every test but the soak
+	$(BIN)/python -m pytest -m 'not soak' -q $(ARGS)
+
+soak: dev ## run a reward server under random faults for SOAK_SECONDS (600)
+	$(BIN)/python -m pytest -m soak -q -s $(ARGS)
 
 lint: dev ## check style and formatting
 	$(BIN)/ruff check .

@@ -44,3 +44,11 @@ def random_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_random_sd3
 
     return save_random_sd3(tmp_path_factory.mktemp("random_sd3"))
+
+
+@pytest.fixture(scope="session")
+def isolated_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the interpreter of an environment with only what a reward server needs, made once per run."""
+    from tests.isolated import make_environment
+
+    return make_environment(tmp_path_factory.mktemp("isolated"))

@@ -120,7 +120,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*words: str, ready: bool = True, **environment: str) -> Iterator[Server]:
+def running(
+    *words: str, ready: bool = True, python: str | Path = sys.executable, **environment: str
+) -> Iterator[Server]:
     """Run a server until the end of the block; `words` follow `python`."""
     environ = {
         **os.environ,
@@ -129,7 +131,7 @@ def running(*words: str, ready: bool = True, **environment: str) -> Iterator[Ser
         **environment,
     }
     process = subprocess.Popen(
-        [sys.executable, *words],
+        [str(python), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
