@@ -43,7 +43,7 @@ demo: install ## post-train the packaged tiny model and write a report to output
 test: dev ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m 'not slow' -q $(ARGS)
 
-test-all: dev ## run every test
+test-all: dev ## run every test; those of Ray after: .venv/bin/pip install -c constraints.txt '.[ray]'
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: dev ## check style and formatting

@@ -6,6 +6,7 @@ each request.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -158,6 +159,7 @@ def run_on_ray(specs: Sequence[ModelSpec], settings: ServerSettings, scaling: Ra
     if find_spec("ray") is None:
         raise ConfigError("--engine ray needs a package that is missing (ray): pip install 'tiltflow[ray]'")
     ray, serve = import_module("ray"), import_module("ray.serve")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it does in order needs no line
     with _interruptible() as quietly:
         try:
             _connect(ray, scaling)
