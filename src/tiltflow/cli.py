@@ -86,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
         "rewards", nargs="+", help="names, Python paths, or '{reward_model: Geneval, detector: shapes, name: shapes}'"
     )
     _serve_arguments(serve)
-    _ray_arguments(serve)
     serve.set_defaults(run=_serve)
 
     doctor = commands.add_parser(
@@ -116,6 +115,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", action="append", default=[], help="name=value, such as items=512; as often as needed"
     )
     parser.add_argument("--drain_seconds", type=float, default=30.0, help="after SIGTERM, for what is in flight")
+    _ray_arguments(parser)
 
 
 def _ray_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,6 +54,18 @@ def run_serving(
     settings = ServerSettings(
         host=host, port=port, token=token, insecure=insecure, limits=read_limits(limits), drain_seconds=drain_seconds
     )
+    _start(arguments, settings, replicas=replicas, batch_seconds=batch_seconds, engine=engine, scaling=scaling)
+
+
+def _start(
+    arguments: Sequence[RewardArguments],
+    settings: ServerSettings,
+    *,
+    replicas: int,
+    batch_seconds: float,
+    engine: Literal["http", "ray"],
+    scaling: Mapping[str, Any],
+) -> None:
     try:
         from tiltflow.serving.ray_engine import RaySettings, run_on_ray
         from tiltflow.serving.running import ModelSpec, run_server

@@ -232,7 +232,9 @@ def _deploy(ray: Any, serve: Any, specs: Sequence[ModelSpec], settings: ServerSe
     try:
         serve.run(deployment.bind(tuple(specs), settings), name=APP, route_prefix="/", logging_config=quiet)
     except (RuntimeError, TimeoutError) as error:
-        raise ConfigError(_reason(str(error))) from error
+        found = serve.status().applications.get(APP)
+        told = [each.message for each in found.deployments.values()] if found is not None else []
+        raise ConfigError(_reason("\n".join([str(error), *told]))) from error
     names = ", ".join(spec.name for spec in specs)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"tiltflow: listening on http://{host}:{settings.port} ({names})", flush=True)

@@ -68,3 +68,6 @@ class Unmade(PointwiseRewardModel):
     def __init__(self, config, accelerator=None):
         super().__init__(config, accelerator)
         raise RewardError("the weights are torn")
+
+    def __call__(self, prompt, **_):
+        return RewardModelOutput([0.5] * len(prompt))
