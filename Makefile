@@ -43,7 +43,7 @@ demo: install ## post-train the packaged tiny model and write a report to output
 test: dev ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m 'not slow and not soak' -q $(ARGS)
 
-test-all: dev ## run every test but the soak
+test-all: dev ## run every test but the soak; those of Ray after: .venv/bin/pip install -c constraints.txt '.[ray]'
 	$(BIN)/python -m pytest -m 'not soak' -q $(ARGS)
 
 soak: dev ## run a reward server under random faults for SOAK_SECONDS (600)

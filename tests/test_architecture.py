@@ -55,6 +55,7 @@ HOMES: dict[str, set[str]] = {
     "uvicorn": {"serving"},
     "python_multipart": {"serving.multipart"},
     "prometheus_client": {"serving.prometheus"},
+    "ray": {"serving.ray_engine"},
     "openai": {"rewards.judge", "rewards.remote"},
     "httpx": {"rewards.judge", "rewards.remote"},
     "httpx2": {"rewards.judge", "rewards.remote", "rewards.retries", "rewards.transport"},
@@ -71,7 +72,7 @@ HOMES: dict[str, set[str]] = {
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
 OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai", "rapidocr", "rapidfuzz"}
 OPTIONAL |= {"httpx2", "stamina"}
-OPTIONAL |= {"python_multipart", "prometheus_client"}
+OPTIONAL |= {"python_multipart", "prometheus_client", "ray"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",
@@ -305,6 +306,8 @@ BAD: list[tuple[Check, str, str, str]] = [
     (check_frameworks, "rewards.base", "def f():\n    import openai", "imports openai"),
     (check_frameworks, "rewards.judge", "import openai", "optional openai"),
     (check_frameworks, "serving.prometheus", "import prometheus_client", "optional prometheus_client"),
+    (check_frameworks, "serving.ray_engine", "import ray", "optional ray"),
+    (check_frameworks, "serving.running", "def f():\n    import ray.serve", "imports ray"),
     (check_frameworks, "serving.server", "import httpx", "imports httpx"),
     (check_frameworks, "serving.server", "def f():\n    import httpx2", "imports httpx2"),
     (check_frameworks, "rewards.transport", "import httpx2", "optional httpx2"),

@@ -11,6 +11,7 @@ from tiltflow.errors import ConfigError, TiltflowError
 Overrides = list[tuple[str, str]]
 WITH_CONFIG = ("train", "pretrain")
 FLAGS = ("--help", "--print-config")  # the only words with dashes that may come before the config
+SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "num_cpus", "num_gpus", "address")  # of serve
 # Set before the libraries are imported: their advice on loading is for people who call them directly.
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -114,6 +115,18 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", action="append", default=[], help="name=value, such as items=512; as often as needed"
     )
     parser.add_argument("--drain_seconds", type=float, default=30.0, help="after SIGTERM, for what is in flight")
+    _ray_arguments(parser)
+
+
+def _ray_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=("http", "ray"), default="http", help="ray: the same on Ray Serve")
+    ray = parser.add_argument_group("with --engine ray")
+    ray.add_argument("--min_replicas", type=int, help="servers that are always there: 1")
+    ray.add_argument("--max_replicas", type=int, help="servers at the highest load: as many as min_replicas")
+    ray.add_argument("--target_ongoing_requests", type=float, help="of one server; more start another one: 8")
+    ray.add_argument("--num_cpus", type=float, help="that Ray sets aside for each server: 1")
+    ray.add_argument("--num_gpus", type=float, help="the same, and what it can see: 0")
+    ray.add_argument("--address", help="of a Ray cluster, host:port or auto; by default one is started here")
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +228,8 @@ def _serve(arguments: argparse.Namespace, overrides: Overrides) -> None:
         batch_seconds=arguments.batch_seconds,
         limits=arguments.limit,
         drain_seconds=arguments.drain_seconds,
+        engine=arguments.engine,
+        scaling={name: given for name in SCALING if (given := vars(arguments)[name]) is not None},
     )
 
 

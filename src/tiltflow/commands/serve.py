@@ -1,8 +1,9 @@
 """`tiltflow serve`: rewards by name or Python path behind HTTP."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.errors import ConfigError
@@ -24,6 +25,8 @@ def run_serving(
     batch_seconds: float,
     limits: Sequence[str],
     drain_seconds: float,
+    engine: Literal["http", "ray"] = "http",
+    scaling: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Serve rewards until SIGTERM or SIGINT; everything that can be checked is checked before a worker starts.
 
@@ -38,16 +41,33 @@ def run_serving(
         batch_seconds: After so long a call counts as hung.
         limits: `name=value`, of `Limits`.
         drain_seconds: After SIGTERM, for what is in flight.
+        engine: "http": one server, in this process; "ray": as many as the load asks for, on Ray Serve.
+        scaling: Fields of `RaySettings`, for that engine alone.
 
     Raises:
         ConfigError: An option is wrong, a package is missing, the address cannot be had, or no reward could be built.
         RewardError: There is no such reward, or one of its options is wrong.
     """
+    if scaling and engine != "ray":
+        raise ConfigError(f"--{next(iter(scaling))} needs --engine ray; --replicas is for one server")
     arguments = _arguments(rewards, batch_size)
     settings = ServerSettings(
         host=host, port=port, token=token, insecure=insecure, limits=read_limits(limits), drain_seconds=drain_seconds
     )
+    _start(arguments, settings, replicas=replicas, batch_seconds=batch_seconds, engine=engine, scaling=scaling)
+
+
+def _start(
+    arguments: Sequence[RewardArguments],
+    settings: ServerSettings,
+    *,
+    replicas: int,
+    batch_seconds: float,
+    engine: Literal["http", "ray"],
+    scaling: Mapping[str, Any],
+) -> None:
     try:
+        from tiltflow.serving.ray_engine import RaySettings, run_on_ray
         from tiltflow.serving.running import ModelSpec, run_server
     except ImportError as error:
         raise ConfigError(
@@ -63,7 +83,10 @@ def run_serving(
         )
         for entry in arguments
     ]
-    run_server(specs, settings)
+    if engine == "ray":
+        run_on_ray(specs, settings, RaySettings(**scaling))
+    else:
+        run_server(specs, settings)
 
 
 def read_limits(pairs: Sequence[str]) -> Limits:

@@ -18,10 +18,11 @@ from tiltflow.errors import ConfigError
 from tiltflow.serving.app import create_app
 from tiltflow.serving.jobs import ScorerSource
 from tiltflow.serving.malloc import keep_memory
+from tiltflow.serving.metrics import Metrics
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import make_metrics
 from tiltflow.serving.settings import ServerSettings, address_of, listen
-from tiltflow.serving.wire import WireError
+from tiltflow.serving.wire import Limits, WireError
 
 HTTP: Final = "h11" if find_spec("httptools") is None else "httptools"
 KEEP_ALIVE_SECONDS: Final = 30  # longer than clients keep idle connections, so that they are the ones to close them
@@ -40,6 +41,23 @@ class ModelSpec:
     batch_size: int | None = None  # None: the model's own
     batch_pixels: int | None = None
     batch_seconds: float = 60.0
+
+
+def make_models(specs: Sequence[ModelSpec], *, limits: Limits, metrics: Metrics) -> dict[str, ServedModel]:
+    """Return the models of one server, by name; none is started."""
+    return {
+        spec.name: ServedModel(
+            spec.name,
+            spec.source,
+            replicas=spec.replicas,
+            batch_size=spec.batch_size,
+            batch_pixels=spec.batch_pixels,
+            batch_seconds=spec.batch_seconds,
+            limits=limits,
+            metrics=metrics,
+        )
+        for spec in specs
+    }
 
 
 def run_server(specs: Sequence[ModelSpec], settings: ServerSettings) -> None:
@@ -67,19 +85,7 @@ class _Server:
         self.failure: str | None = None
         metrics = make_metrics()
         limits = settings.limits
-        self.models = {
-            spec.name: ServedModel(
-                spec.name,
-                spec.source,
-                replicas=spec.replicas,
-                batch_size=spec.batch_size,
-                batch_pixels=spec.batch_pixels,
-                batch_seconds=spec.batch_seconds,
-                limits=limits,
-                metrics=metrics,
-            )
-            for spec in specs
-        }
+        self.models = make_models(specs, limits=limits, metrics=metrics)
         app = create_app(
             self.models,
             limits=limits,

@@ -1,5 +1,8 @@
 """Rewards that `tiltflow serve` is given by the tests."""
 
+import os
+import time
+
 import torch
 
 from tiltflow.errors import RewardError
@@ -44,3 +47,27 @@ class TooFew(PointwiseRewardModel):
 
     def __call__(self, prompt, **_):
         return RewardModelOutput([0.5] * (len(prompt) - 1))
+
+
+class Mortal(PointwiseRewardModel):
+    """Does what the prompt says: `sleep=SECONDS` or `die`."""
+
+    required_fields = ("prompt",)
+
+    def __call__(self, prompt, **_):
+        for text in prompt:
+            if text == "die":
+                os._exit(3)
+            time.sleep(float(text.partition("=")[2] or 0))
+        return RewardModelOutput([float(len(text)) for text in prompt])
+
+
+class Unmade(PointwiseRewardModel):
+    """Cannot be built where it is served."""
+
+    def __init__(self, config, accelerator=None):
+        super().__init__(config, accelerator)
+        raise RewardError("the weights are torn")
+
+    def __call__(self, prompt, **_):
+        return RewardModelOutput([0.5] * len(prompt))

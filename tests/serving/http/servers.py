@@ -178,6 +178,13 @@ def _port(process: "subprocess.Popen[str]", lines: Sequence[str]) -> int:
     raise AssertionError(f"the server did not start: {lines}")
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[int]:
+    """Hold a port that was free."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        yield found.getsockname()[1]
+
+
 def codes(answer: Answer) -> list[str]:
     """Return "ok" or the error code of every item."""
     return ["ok" if each["status"] == "ok" else each["error"]["code"] for each in answer.json["results"]]

@@ -1,0 +1,240 @@
+"""`tiltflow serve --engine ray` over a real Ray on this machine, and what it refuses before there is one."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving.helpers import is_running
+from tests.serving.http.servers import HERE, ROOT, START_SECONDS, Answer, Server, listening, scores
+from tiltflow import cli
+from tiltflow.errors import ConfigError
+from tiltflow.rewards import RewardArguments, RewardEngine
+from tiltflow.serving import ray_engine
+from tiltflow.serving.ray_engine import RaySettings, run_on_ray
+from tiltflow.serving.settings import ServerSettings
+from tiltflow.types import Prompt
+
+REWARDS = "tests.serving.http.rewards"
+JPEG = "JPEGCompressibility"
+END_SECONDS = 60.0
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install -c constraints.txt '.[ray]'")
+
+
+@pytest.fixture(autouse=True)
+def clean() -> None:
+    """Take the place of the check for this process: the workers are other processes', and a test looks for those."""
+
+
+# --- without Ray ------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_ray_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
+    assert cli.main(["serve", JPEG, "--engine", "ray", "--port", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and "(ray): pip install 'tiltflow[ray]'" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_replicas": 0}, "min_replicas=0: use 1 or more"),
+        ({"min_replicas": 3, "max_replicas": 2}, "max_replicas=2: use min_replicas=3 or more"),
+        ({"num_cpus": -1.0}, "num_cpus=-1.0: use 0 or more"),
+        ({"num_gpus": float("nan")}, "num_gpus=nan"),
+        ({"target_ongoing_requests": 0.0}, "target_ongoing_requests=0.0: use a number above 0"),
+        ({"address": "ray://head:10001"}, "address='ray://head:10001': use host:port"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RaySettings(**settings)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--min_replicas", "2"], "--min_replicas needs --engine ray"),
+        (["--engine", "ray", "--max_replicas", "0"], "max_replicas=0"),
+        (["--engine", "ray", "--host", "0.0.0.0"], "can be reached from other machines, and there is no token"),
+        (["--engine", "ray", "--address", "auto", "--port", "0"], "port=0 with address='auto'"),
+    ],
+)
+def test_words_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", JPEG, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused_before_ray_starts() -> None:
+    with listening() as port, pytest.raises(ConfigError, match=f"port={port}: cannot listen there"):
+        run_on_ray([], ServerSettings(port=port), RaySettings())
+
+
+# --- with Ray ---------------------------------------------------------------------------------------------------------
+
+
+def command(*words: str, folder: str) -> "tuple[list[str], dict[str, str]]":
+    """Return a command and its environment: one that leaves Ray's logs and token in `folder`."""
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        "HOME": folder,
+        "RAY_TMPDIR": folder,  # a short path, or its sockets have names that are too long
+    }
+    return [sys.executable, "-m", "tiltflow", "serve", *words, "--engine", "ray", "--num_cpus", "0.2"], environ
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Serve two rewards in two replicas."""
+    with listening() as port:
+        pass  # free again
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        words, environ = command(
+            *(JPEG, f"{REWARDS}.Mortal", "--port", str(port), "--min_replicas", "2", "--drain_seconds", "8"),
+            folder=folder,
+        )
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=HERE
+        ) as process:
+            lines: list[str] = []
+            reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
+            reader.start()
+            try:
+                end = time.monotonic() + START_SECONDS
+                while not any("listening on" in line for line in lines):
+                    assert time.monotonic() < end and process.poll() is None, lines
+                    time.sleep(0.05)
+                yield Server(process, port, lines)
+            finally:
+                process.terminate()
+                process.wait(END_SECONDS)
+                reader.join(5)
+
+
+def ask(server: Server, prompts: Sequence[str]) -> Answer:
+    return server.score(prompts, models=["Mortal"])
+
+
+@pytest.mark.slow
+@needs_ray
+def test_it_is_ready_when_it_says_where_it_is(server: Server) -> None:
+    assert server.get("/readyz").json == {"status": "ok", "models": {JPEG: "READY", "Mortal": "READY"}}
+    assert f"tiltflow: listening on http://127.0.0.1:{server.port} ({JPEG}, Mortal)\n" in server.lines
+
+
+@pytest.mark.slow
+@needs_ray
+def test_remote_scores_are_those_of_one_process(server: Server) -> None:
+    images = torch.rand(12, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    options = {"server_url": f"http://127.0.0.1:{server.port}", "model": JPEG, "required_fields": ["image"]}
+    found = []
+    for arguments in (
+        RewardArguments(name="r", reward_model=JPEG),
+        RewardArguments(name="r", reward_model="RemotePointwiseRewardModel", batch_size=2, options=options),
+    ):
+        with RewardEngine([arguments]).begin() as scoring:
+            scoring.add([Prompt("p")] * 12, [0] * 12, images=images)
+            table = scoring.finish()
+        assert table.failures == ()
+        found.append(table.column("r").tolist())
+    assert found[0] == found[1] and len(set(found[0])) > 1
+
+
+@pytest.mark.slow
+@needs_ray
+def test_two_replicas_answer(server: Server) -> None:
+    answers = [server.get("/livez") for _ in range(40)]
+    assert len({answer.headers["x-replica-id"] for answer in answers}) == 2
+
+
+@pytest.mark.slow
+@needs_ray
+def test_the_request_id_is_told_back_once(server: Server) -> None:
+    assert server.get("/livez", **{"X-Request-Id": "mine"}).headers["x-request-id"] == "mine"
+    assert "," not in server.get("/livez").headers["x-request-id"]
+
+
+@pytest.mark.slow
+@needs_ray
+def test_errors_are_those_of_the_application(server: Server) -> None:
+    assert server.score(["a"], models=["Nothing"]).error["code"] == "model_not_found"
+    body = b"x" * (65 * 2**20)
+    answer = server.ask("POST", "/v1/score", body, headers={"Content-Type": "application/json"})
+    assert (answer.status, answer.error["code"]) == (413, "payload_too_large")
+    late = server.ask(
+        "POST",
+        "/v1/score",
+        b'{"models": ["Mortal"], "items": [{"prompt": "sleep=3"}]}',
+        headers={"Content-Type": "application/json", "X-Request-Timeout-Ms": "1500"},
+    )
+    assert (late.status, late.error["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_replica_whose_model_has_failed_is_replaced(server: Server) -> None:
+    before = {server.get("/livez").headers["x-replica-id"] for _ in range(40)}
+    failed = None
+    end = time.monotonic() + END_SECONDS
+    while failed is None:
+        assert time.monotonic() < end
+        answer = ask(server, ["die"])
+        if answer.error["code"] == "model_failed":
+            failed = answer.headers["x-replica-id"]
+    assert failed in before
+    while True:
+        assert time.monotonic() < end, server.lines
+        answers = [server.get("/readyz") for _ in range(20)]
+        found = {answer.headers.get("x-replica-id") for answer in answers}
+        if {answer.status for answer in answers} == {200} and failed not in found and len(found) == 2:
+            break
+        time.sleep(0.5)
+    assert scores(ask(server, ["four"])) == [4.0]
+
+
+@pytest.mark.slow
+@needs_ray
+def test_sigterm_finishes_what_is_in_flight_and_leaves_nothing(server: Server) -> None:
+    family = server.descendants()
+    assert len(family) > 6  # Ray's own, two replicas, and two workers of each
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(server, ["sleep=3"])))
+    asking.start()
+    time.sleep(1.0)
+    server.signal(signal.SIGTERM)
+    asking.join(END_SECONDS)
+    assert [scores(answer) for answer in answers] == [[7.0]]
+    assert server.process.wait(END_SECONDS) == 0, server.lines
+    end = time.monotonic() + 5
+    while any(map(is_running, family)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert [pid for pid in family if is_running(pid)] == []
+    assert not any("Traceback" in line for line in server.lines if not line.startswith("("))
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_model_that_cannot_be_made_ends_it_with_the_reason() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        words, environ = command(f"{REWARDS}.Unmade", "--port", "0", folder=folder)
+        done = subprocess.run(words, capture_output=True, text=True, env=environ, cwd=HERE, timeout=START_SECONDS)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("tiltflow serve: Unmade: ") and "the weights are torn" in last
+    assert "listening on" not in done.stdout
