@@ -128,7 +128,9 @@ def test_soak(tmp_path: Path) -> None:
         mapped, held = shared_memory(server)
         print(f"shared memory: {mapped} mapped, {held} descriptors")
         assert mapped <= REPLICAS and held <= 2 * REPLICAS  # a mapping has a descriptor of its own
+        curve = [size for _, size in watch.memory][:: max(1, len(watch.memory) // 20)]
         print(json.dumps({"rss_mib": [round(x / 2**20, 1) for x in (before, after)], "faults": dealt}))
+        print(json.dumps({"rss_mib_over_time": [round(size / 2**20, 1) for size in curve]}))
         print(json.dumps(dict(sorted(tally.counts.items())), indent=1))
         assert not list(tmp_path.iterdir()), "a fault that no call met"
         server.signal(signal.SIGTERM)
