@@ -24,7 +24,7 @@ class ColourShare(RewardServer):
     use_array_inputs = True  # uint8 [H, W, 3]
 
     def compute_reward(self, prompts, images=None):
-        return [share(prompt, image.astype(np.float64)) for prompt, image in zip(prompts, images, strict=True)]
+        return [share(prompt, image.astype(np.float64)) for prompt, image in zip(prompts, images or [], strict=True)]
 
 
 def share(prompt, levels):

@@ -27,7 +27,7 @@ def test_the_client_is_the_one_to_close() -> None:
         for pause in (0.0, 0.5, KEEPALIVE_SECONDS + 0.05, UVICORN_SECONDS - 0.02):
             time.sleep(pause)
             before = established(server.port)
-            assert reward(prompt=["7"]).rewards.tolist() == [7.0]
+            assert list(reward(prompt=["7"]).rewards) == [7.0]
             used.append(established(server.port))
             assert pause == 0.0 or before  # the server has not closed what was idle
         assert used[0] == used[1]
