@@ -726,3 +726,11 @@ def test_retries_are_a_tenth_of_the_requests_however_often_single_ones_fail() ->
     retries = sum(tries.values()) - len(tries)
     assert 10 <= retries <= 20
     assert failed == 50 - retries
+
+
+@pytest.mark.parametrize("code", ["worker_lost", "model_failed"])
+def test_what_may_have_killed_its_worker_is_tried_only_so_often(url: str, script: Script, code: str) -> None:
+    script.always = f"code:{code}"
+    with pytest.raises(RemoteRewardError, match=code):
+        ask(build([url, url.replace("127.0.0.1", "localhost")], retry_attempts=2, timeout=20))
+    assert 1 <= len(script.seen) <= 3

@@ -106,6 +106,7 @@ def test_one_score(line: str, score: float | None) -> None:
         "Score: [a number from 1 to 4]",
         "Score:",
         "Score: nothing",
+        "Score: None of it can be read",
         "Score: 3/4/5",
     ],
 )

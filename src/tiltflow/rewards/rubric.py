@@ -128,7 +128,7 @@ _HEADING = re.compile(
     rf"{_MARKS}{_NUMBER}(?:{_NAMES}|(?P<summary>{_SUMMARY})){_ASIDE}(?P<rest>$|[:{_DASH}].*)", re.IGNORECASE
 )
 _SCORE = re.compile(rf"{_MARKS}(?:score|rating){_ASIDE}[:={_DASH}](?P<value>.*)$", re.IGNORECASE)
-_NOT_APPLICABLE = re.compile(r"n\s*/\s*a\b|n\.?\s?a\.?(?=\W|$)|not applicable|none\b", re.IGNORECASE)
+_NOT_APPLICABLE = re.compile(r"n\s*/\s*a\b|n\.?\s?a\.?(?=\W|$)|not applicable|none\W*$", re.IGNORECASE)
 _VALUE = re.compile(r"(?P<score>[+-]?\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*(?P<best>\d+(?:[.,]\d+)?))?(?P<after>.*)$")
 # A range, a percentage, or a fraction of a fraction.
 _NO_SCORE_AFTER = re.compile(rf"\s*(?:[{_DASH}]\s*\d|to\s+\d|[%/\d])", re.IGNORECASE)

@@ -235,7 +235,11 @@ class Transport:
         if answer.status == 503:
             # What will not come back here may well be there at another server.
             retryable = told is None or told.retryable or len(self.settings.urls) > 1
-            return AttemptError(message, verdict="down", retryable=retryable, counts=False, pause=pause)
+            # A worker that died, or a model that no longer starts, may have done so over this very request: it must not
+            # go from server to server without end.
+            worked = told is not None and told.code in ("worker_lost", "model_failed")
+            verdict = "faulty" if worked else "down"
+            return AttemptError(message, verdict=verdict, retryable=retryable, counts=worked, pause=pause)
         retryable = answer.status == 408
         if answer.status >= 500:
             retryable = told.retryable if told is not None else answer.status not in TRUE_ANYWHERE

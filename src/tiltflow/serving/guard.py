@@ -80,6 +80,9 @@ class Body:
         Raises:
             WireError: `payload_too_large`, `overloaded`, `unsupported_media`, or `invalid_request`.
         """
+        if b"content-length" in self._headers and b"transfer-encoding" in self._headers:
+            message = "Content-Length and Transfer-Encoding contradict each other; send one of them"
+            raise WireError("invalid_request", message, param="Content-Length")
         encoding = self._headers.get(b"content-encoding", b"identity").lower()
         if encoding != b"identity":
             message = f"Content-Encoding is {encoding.decode('latin-1')!r}; send bodies as they are"

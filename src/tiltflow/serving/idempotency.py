@@ -21,11 +21,12 @@ class Reply:
 
     status: int
     body: bytes
+    complete: bool = True  # no item failed in a way that may pass
 
     @property
     def final(self) -> bool:
         """Tell whether the same request would get the same reply again: not if it may just work next time."""
-        return self.status < 500 and self.status != 429
+        return self.complete and self.status < 500 and self.status != 429
 
 
 Work = Callable[[], Coroutine[Any, Any, Reply]]

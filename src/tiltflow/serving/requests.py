@@ -120,6 +120,7 @@ class _Builder:
         self._scope = scope
         self._budget = Budget(limits.decoded_bytes)
         self._decoded: dict[str, Pixels | WireError] = {}
+        self._stacked = 0  # bytes of the videos that were made of single pictures
 
     def encoded(self) -> dict[str, bytes | str]:
         """Return every encoded picture once, by its key, after checking that each reference has a target."""
@@ -171,10 +172,13 @@ class _Builder:
                 continue
             total += sample.nbytes  # a picture counts as often as it is used: each use is a copy later on
             if total > self._limits.decoded_bytes:
-                message = f"the pictures are more than the {self._limits.decoded_bytes} bytes that one request may have"
-                raise WireError("payload_too_large", message, param=f"items[{index}]")
+                raise self._too_large(f"items[{index}]")
             found.append(sample)
         return found
+
+    def _too_large(self, param: str) -> WireError:
+        message = f"the pictures are more than the {self._limits.decoded_bytes} bytes that one request may have"
+        return WireError("payload_too_large", message, param=param)
 
     def _sample(self, item: Item, param: str) -> Sample:
         prompt = item.prompt or ""
@@ -215,6 +219,9 @@ class _Builder:
             if not video:
                 raise _ItemError(WireError("invalid_item", f"{param}: has no frames", param=param))
             frames = [self._picture(frame, f"{param}[{place}]") for place, frame in enumerate(video)]
+            self._stacked += sum(frame.nbytes for frame in frames)  # before they are copied: one may be there often
+            if self._stacked > self._limits.decoded_bytes:
+                raise self._too_large(param)
             try:
                 return stack_frames(frames, param=param)
             except WireError as error:

@@ -28,6 +28,13 @@ from tiltflow.serving.settings import ServerSettings
 from tiltflow.serving.wire import Limits, ModelInfo, Pixels, WireError
 
 IMPORTED_MAIN: Final = "__mp_main__"  # what multiprocessing calls the main file in a process that it has started
+_FIELD_OF: Final = {  # argument of compute_reward -> field of a sample
+    "images": "image",
+    "videos": "video",
+    "condition_images": "condition_images",
+    "condition_videos": "condition_videos",
+    "metadata": "metadata",
+}
 FIELDS: Final = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
 
 
@@ -40,6 +47,7 @@ class RewardServer(ABC):
     """
 
     required_fields: ClassVar[tuple[str, ...]] = ("prompt", "image")  # an item without one of them is refused
+    optional_fields: ClassVar[tuple[str, ...]] = ("image", "video")  # passed too where the samples have them
     groupwise: ClassVar[bool] = False  # gets all samples of one group in one call, and nothing else
     use_array_inputs: ClassVar[bool] = False  # True: uint8 arrays [H, W, 3] instead of PIL images
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,9 +96,10 @@ class RewardServer(ABC):
         for key, value in (("replicas", replicas), ("batch_size", batch_size), ("batch_seconds", batch_seconds)):
             if value <= 0:
                 raise ConfigError(f"{key}={value}: use a number above 0")
-        unknown = [field for field in self.required_fields if field not in FIELDS]
-        if unknown:
-            raise ConfigError(f"required_fields names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}")
+        for key, named in (("required_fields", self.required_fields), ("optional_fields", self.optional_fields)):
+            unknown = [field for field in named if field not in FIELDS]
+            if unknown:
+                raise ConfigError(f"{key} names {unknown[0]!r}; legal fields: {', '.join(FIELDS)}")
         self.name = name or type(self).__name__
         if "@" in self.name or "/" in self.name:
             raise ConfigError(f"name={self.name!r}: leave out @ and /, which requests and addresses give a meaning")
@@ -118,7 +127,8 @@ class RewardServer(ABC):
     ) -> Sequence[float]:
         """Score B samples.
 
-        Fields that the samples do not have are not passed, so a shorter signature will do.
+        Only fields that `required_fields` or `optional_fields` name are passed, and of these only those that the
+        samples have, so a shorter signature will do.
 
         Args:
             prompts: B texts.
@@ -194,6 +204,7 @@ class UserScorer:
         self, samples: Sequence[Sample]
     ) -> tuple[Sequence[float], Mapping[str, Sequence[Any]], Mapping[int, str | WireError]]:
         """Call `compute_reward` with the fields that the samples have."""
+        known = {*self._server.required_fields, *self._server.optional_fields}
         fields: dict[str, list[Any]] = {
             "images": [None if sample.image is None else self._picture(sample.image) for sample in samples],
             "videos": [None if sample.video is None else self._frames(sample.video) for sample in samples],
@@ -207,7 +218,11 @@ class UserScorer:
             ],
             "metadata": [dict(sample.meta) or None for sample in samples],
         }
-        given = {name: column for name, column in fields.items() if any(value is not None for value in column)}
+        given = {
+            name: column
+            for name, column in fields.items()
+            if _FIELD_OF[name] in known and any(value is not None for value in column)
+        }
         rewards = self._server.compute_reward([sample.prompt for sample in samples], **given)
         return [float(reward) for reward in rewards], {}, {}
 

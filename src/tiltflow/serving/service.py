@@ -119,7 +119,8 @@ class Service:
         if outcome.error is not None and forbidden:
             status = outcome.error.status
             content = {"error": outcome.error.body(context.id), **content}
-        return Reply(status, dump(content))
+        errors = [result["error"] for result in outcome.results if result.get("error")]
+        return Reply(status, dump(content), complete=not any(error["retryable"] for error in errors))
 
     async def _score(self, parsed: Parsed, deadline: float, emit: Emit | None) -> Outcome:
         chosen = choose(self.models, parsed.request.models)

@@ -113,6 +113,7 @@ class Media(Message):
     ref: str | None = None
     index: int | None = Field(default=None, ge=0)  # into the first axis of the tensor `ref`
     b64: str | None = None
+    format: Literal["png", "jpeg", "webp"] | None = None  # of what `b64` holds; its own first bytes decide
 
     @model_validator(mode="after")
     def _one_source(self) -> "Media":
@@ -120,6 +121,8 @@ class Media(Message):
             raise ValueError("give either ref or b64")
         if self.index is not None and self.ref is None:
             raise ValueError("index is for ref")
+        if self.format is not None and self.b64 is None:
+            raise ValueError("format is for b64")
         return self
 
 

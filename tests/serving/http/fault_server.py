@@ -16,6 +16,7 @@ class Faulty(RewardServer):
     """Scores a sample by the number in its prompt, or else by the prompt's length and the picture's first level."""
 
     required_fields = ("prompt",)
+    optional_fields = ("image", "video", "condition_images", "metadata")
     log: str | None = None
 
     def __init__(self, *, log=None, setup_error=None, limits=None, **kwargs):

@@ -120,3 +120,8 @@ def test_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
             assert work.calls == 1
 
     run(test)
+
+
+def test_a_reply_with_an_item_that_may_work_next_time_is_not_kept() -> None:
+    assert Reply(200, b"").final
+    assert not Reply(200, b"", complete=False).final

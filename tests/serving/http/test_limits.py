@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.serving.http.servers import Server, at_once, b64, codes, faulty, picture, scores
-from tiltflow.serving.wire import SAFETENSORS
+from tiltflow.serving.guard import Body, ByteBudget
+from tiltflow.serving.wire import SAFETENSORS, Limits, WireError
 
 MIB = 2**20
 LIMITS = {
@@ -234,3 +235,13 @@ def test_several_at_once_get_their_own_answers(server: Server) -> None:
     answers = at_once(16, lambda index: server.score([str(index), str(100 + index)]))
     assert [scores(answer) for answer in answers] == [[float(i), 100.0 + i] for i in range(16)]
     assert all(codes(answer) == ["ok", "ok"] for answer in answers)
+
+
+def test_two_lengths_of_one_body_are_refused() -> None:
+    headers = {b"content-length": b"3", b"transfer-encoding": b"chunked"}
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read")
+
+    with pytest.raises(WireError, match="contradict each other"):
+        Body(headers, receive, limits=Limits(), budget=ByteBudget(1)).admit()

@@ -150,3 +150,19 @@ def test_too_many_parts() -> None:
 def test_a_boundary_is_needed() -> None:
     with pytest.raises(WireError, match="no boundary"):
         read(b"--x--", "multipart/form-data")
+
+
+def test_a_picture_that_is_a_frame_many_times_is_refused_before_it_is_copied() -> None:
+    item = Item(prompt="p", video=[Media(ref="a")] * 50)
+    with pytest.raises(WireError) as caught:
+        read(packed([item], {"a": levels(1)[0]}), SAFETENSORS, decoded_bytes=20 * levels(1).nbytes)
+    assert (caught.value.code, caught.value.param) == ("payload_too_large", "items[0].video")
+
+
+def test_the_format_of_a_picture_in_base64_may_be_told() -> None:
+    item = {"prompt": "p", "image": {**b64(picture(1)), "format": "png"}}
+    assert sound(read({"items": [item]}))[0].image is not None
+    for wrong in ({"b64": "", "format": "gif"}, {"ref": "a", "format": "png"}):
+        with pytest.raises(WireError) as caught:
+            read({"items": [{"prompt": "p", "image": wrong}]})
+        assert caught.value.code == "invalid_request"

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.serving.http.fault_server import Faulty
 from tests.serving.http.servers import ROOT
 from tiltflow.errors import ConfigError
 from tiltflow.serving import RewardServer
+from tiltflow.serving.jobs import Sample
+from tiltflow.serving.server import UserScorer
 from tiltflow.serving.settings import TOKEN_ENV, ServerSettings, address_of, listen
 from tiltflow.serving.wire import Limits
 
@@ -68,7 +71,7 @@ def test_listening() -> None:
 
 
 class Plain(RewardServer):
-    def compute_reward(self, prompts: list[str], **fields: Any) -> list[float]:
+    def compute_reward(self, prompts: list[str], images: Any = None, videos: Any = None) -> list[float]:
         return [1.0] * len(prompts)
 
 
@@ -152,3 +155,11 @@ def test_the_room_is_imported_without_torch_and_without_a_web_framework() -> Non
     )
     names = {name for name in done.stdout.replace("'", "").strip("[]\n").split(", ")}
     assert {name.split(".")[1] for name in names if "." in name} == {"errors", "serving"}
+
+
+def test_a_field_that_the_class_does_not_name_is_not_passed() -> None:
+    scorer = UserScorer(Plain())
+    scores, _, _ = scorer.score([Sample(prompt="p", meta={"a": 1}, image=np.zeros((2, 2, 3), np.uint8))])
+    assert len(scores) == 1
+    with pytest.raises(ConfigError, match="optional_fields names 'depth'"):
+        type("Wrong", (Plain,), {"optional_fields": ("depth",)})()
