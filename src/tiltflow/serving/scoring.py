@@ -127,13 +127,15 @@ class Scoring:
                 scores[model.name] = scored.score
                 if "components" in self._request.returns:
                     components[model.name] = scored.components
-        told: dict[str, Any] = {"index": index, "id": item.id, "status": "ok", "scores": scores}
-        if components:
-            told["components"] = components
         error = self._error(index)
-        if error is not None:
-            told |= {"status": "error", "error": error.body()}
-        return told
+        return {
+            "index": index,
+            "id": item.id,
+            "status": "ok" if error is None else "error",
+            "scores": scores,
+            "components": components,
+            "error": None if error is None else error.body(),
+        }
 
     def outcome(self, results: Sequence[Mapping[str, Any]]) -> Outcome:
         """Return everything, once all items are done.
