@@ -1,0 +1,1 @@
+"""Fits reward models, for images with text and for language, to preferences and ratings."""

@@ -1,0 +1,91 @@
+"""What the trainer of reward models and the models that it trains agree on.
+
+A loss is told as a sum over samples together with the weight of these samples, never as a mean: sums add up over
+micro-batches, processes and a last batch that is not full; means do not.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+# Tensors and lists of one length B, as `Examples.batch` made them.
+Batch: TypeAlias = Mapping[str, Any]
+
+# Sums over samples, under names of the model's own; they add up key by key. Always the same keys for one model.
+Totals: TypeAlias = Mapping[str, float]
+
+
+class TrainableRewardModel(nn.Module, ABC):
+    """A reward model while it is trained."""
+
+    @abstractmethod
+    def weight(self, batch: Batch) -> float:
+        """Return how much a batch counts in the mean loss of its step: its pairs, labels or weights; maybe 0."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> tuple[Tensor, Totals]:
+        """Return the loss of a batch as a sum, and what the metrics are made of.
+
+        Rows of weight 0, with which the trainer fills up a last batch, count nowhere.
+
+        Returns:
+            A differentiable float32 scalar, which divided by the `weight` of all batches of a step is the step's loss;
+            and sums of which `metrics` makes the metrics.
+        """
+
+    @abstractmethod
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        """Return metrics from sums over any number of batches: always `loss`; NaN where nothing was counted."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the trained model where the reward of this kind, and the library it came from, can load it."""
+
+    def prepare_for_training_step(self) -> None:
+        """Enter training mode."""
+        self.train()
+
+    def finish_training_step(self) -> None:
+        """Do nothing more; a model may."""
+
+    def prepare_for_validation_step(self) -> None:
+        """Enter eval mode."""
+        self.eval()
+
+    def finish_validation_step(self) -> None:
+        """Return to training mode."""
+        self.train()
+
+
+class Examples(Protocol):
+    """A data set of which batches are made."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How much each example costs: tokens of its longest text, or 1 where all cost the same."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, places: Sequence[int], weights: Sequence[float]) -> Batch:
+        """Read, decode and collate examples.
+
+        Args:
+            places: B indices, each from 0 to `len - 1`.
+            weights: B: 1, or 0 for a row that only fills up a batch.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a training run is made of, once its config has been read and its data looked through."""
+
+    model: TrainableRewardModel
+    train: Examples
+    validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
+    notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
