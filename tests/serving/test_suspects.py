@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.serving.helpers import ask, calls, codes, run, serving, submit, until
 from tiltflow.serving.jobs import Sample
@@ -112,3 +113,15 @@ def test_a_group_that_kills_is_refused_as_a_whole() -> None:
             assert codes(await ask(model, good)) == [""] * 2
 
     run(test())
+
+
+def test_nothing_is_kept_of_what_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltflow.serving.suspects.KEPT", 3)
+    suspects = Suspects()
+    samples = [[Sample(prompt=str(number))] for number in range(5)]
+    suspects.accuse(samples)
+    assert [suspects.standing(sample) for sample in samples] == ["free"] * 2 + ["suspect"] * 3
+    suspects.accuse(samples[4:])
+    for sample in samples:
+        suspects.acquit(sample)
+    assert not suspects._known and not suspects._prompts  # pyright: ignore[reportPrivateUsage]
