@@ -263,7 +263,7 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def finish_or_gone(task: "asyncio.Task[Any]", receive: Receive, *, seconds: float) -> Any:
+async def finish_or_gone(task: "asyncio.Future[Any]", receive: Receive, *, seconds: float) -> Any:
     """Return a task's result, unless the client leaves before.
 
     Raises:

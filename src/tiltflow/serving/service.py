@@ -185,7 +185,7 @@ class Service:
 async def _lines(
     first: Mapping[str, Any] | None,
     lines: "asyncio.Queue[Mapping[str, Any] | None]",
-    task: "asyncio.Task[Reply]",
+    task: "asyncio.Future[Reply]",
     stack: ExitStack,
     request_id: str,
 ) -> AsyncIterator[bytes]:
