@@ -120,7 +120,7 @@ class RemoteRewardModel(RewardModel):
         self._client = RewardClient(settings, patience, transport=transport)
         self._client.check()
         self.required_fields = options.required_fields
-        self.info, limits = self._meet(options)
+        self.info = self._meet(options)
         pixels = self.info.pixels if options.pixels == "auto" else options.pixels
         self.use_tensor_inputs = pixels == "float32"
         self._form = RequestForm(
@@ -128,7 +128,8 @@ class RemoteRewardModel(RewardModel):
             asked=options.model or self.info.name,
             revision=self.info.revision,
             partial=options.partial,
-            limits=limits,
+            limits=self.info.limits,
+            batch_pixels=self.info.batch_pixels,
         )
 
     @classmethod
@@ -152,24 +153,36 @@ class RemoteRewardModel(RewardModel):
     ) -> RewardModelOutput:
         """Send samples to a server and return its scores.
 
+        A call that takes several requests loses no score by one that fails: its samples are failures with its reason.
+
         Raises:
-            RemoteRewardError: The servers refused or failed a whole request of theirs.
+            RemoteRewardError: The servers refused or failed the one request that the call took.
         """
         given = dict(zip(FIELDS, (prompt, image, video, condition_images, condition_videos, metadata), strict=True))
         fields = {name: values for name, values in given.items() if values is not None}
         packed = self._pack(fields)
         count = len(next(iter(fields.values()), ()))
         merged = _Merged(count, self.info.name, packed.failures)
+        lost: RemoteRewardError | None = None
         for parcel in packed.parcels:
-            merged.add(parcel, self._client.send(parcel))
+            if lost is not None:
+                merged.fail(parcel, lost)  # it would only wait as long for the same
+                continue
+            try:
+                merged.add(parcel, self._client.send(parcel))
+            except RemoteRewardError as error:
+                if len(parcel.places) == count:
+                    raise
+                merged.fail(parcel, error)
+                lost = error if error.for_all else None
         return merged.output()
 
     @abstractmethod
     def _pack(self, fields: Mapping[str, Sequence[Any]]) -> Parcels:
         """Return samples as requests."""
 
-    def _meet(self, options: RemoteOptions) -> tuple[wire.ModelInfo, wire.Limits]:
-        """Return what the model is, and the least of what its servers take."""
+    def _meet(self, options: RemoteOptions) -> wire.ModelInfo:
+        """Return what the model is, with the least of what its servers take."""
         known = self._ask_servers(options)
         (first_url, first), *others = known.items()
         told = first.model_dump(include=ALIKE)
@@ -194,7 +207,10 @@ class RemoteRewardModel(RewardModel):
             )
         limits = [info.limits.model_dump() for info in known.values()]
         least = {name: min(each[name] for each in limits) for name in limits[0]}
-        return first, wire.Limits.model_validate(least)
+        pixels = [info.batch_pixels for info in known.values() if info.batch_pixels is not None]
+        return first.model_copy(
+            update={"limits": wire.Limits.model_validate(least), "batch_pixels": min(pixels, default=None)}
+        )
 
     def _ask_servers(self, options: RemoteOptions) -> dict[str, wire.ModelInfo]:
         """Return what each server that answers says of the model, waiting while all of them are still loading it."""
@@ -301,6 +317,10 @@ class _Merged:
             self._rewards[place] = result.scores[self._model]
             for key, value in result.components.get(self._model, {}).items():
                 self._extra.setdefault(key, [None] * len(self._rewards))[place] = value
+
+    def fail(self, parcel: Parcel, error: Exception) -> None:
+        """Note that a request has no reply."""
+        self._failures.update(dict.fromkeys(parcel.places, error))
 
     def output(self) -> RewardModelOutput:
         """Return all of them; a sample without score is NaN."""

@@ -245,7 +245,7 @@ class Transport:
             worked = told is not None and told.code in ("worker_lost", "model_failed")
             verdict = "faulty" if worked else "down"
             return AttemptError(message, verdict=verdict, retryable=retryable, counts=worked, pause=pause)
-        retryable = answer.status == 408
+        retryable = False
         if answer.status >= 500:
             retryable = told.retryable if told is not None else answer.status not in TRUE_ANYWHERE
         verdict: Verdict = "faulty" if retryable else "alive"
@@ -324,6 +324,8 @@ def _remedy(status: int) -> str:
         return "; give the server's token with token_env (an environment variable) or token"
     if status == 404:
         return "; check server_url and model"
+    if status == 408:
+        return "; send less at a time (batch_size, pixels: uint8), or raise the server's limit body_seconds"
     if 300 <= status < 400:
         return "; redirects are not followed: give the address it points to as server_url"
     return ""

@@ -45,7 +45,7 @@ CODES: Final[Mapping[str, tuple[int, bool]]] = {
     "not_found": (404, False),
     "model_not_found": (404, False),
     "method_not_allowed": (405, False),
-    "body_timeout": (408, True),
+    "body_timeout": (408, False),  # what was too slow once will be too slow again
     "idempotency_conflict": (409, False),
     "payload_too_large": (413, False),
     "unsupported_media": (415, False),
@@ -216,6 +216,8 @@ class ModelInfo(Reply):
     pixels: Literal["uint8", "float32"] = "uint8"  # what scores exactly as in one process; the other is accepted too
     required_fields: tuple[str, ...] = ()  # of prompt, image, video, condition_images, condition_videos, metadata
     batch_size: int = 1
+    # Of one call at most: an item (or a group of a groupwise model) that has more is refused. None: not told.
+    batch_pixels: int | None = None
     limits: Limits = Limits()
 
 
