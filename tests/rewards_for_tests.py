@@ -151,6 +151,15 @@ class Rank(GroupwiseRewardModel):
         return RewardModelOutput(values.argsort().argsort().float() / len(image), {"size": [len(image)] * len(image)})
 
 
+class MetadataSize(PointwiseRewardModel):
+    """How many keys the metadata has."""
+
+    required_fields = ("metadata",)
+
+    def __call__(self, prompt=None, image=None, video=None, condition_images=None, condition_videos=None, metadata=()):
+        return RewardModelOutput([float(len(each)) for each in metadata])
+
+
 class SlowBrightness(Brightness):
     """Brightness that marks every epoch in a file and takes its time, so that a test can kill the run midway."""
 

@@ -81,7 +81,7 @@ class _Sample:
     video: _Video | None
     condition_images: list[_Array] | None
     condition_videos: list[_Video] | None
-    meta: dict[str, Any]
+    meta: dict[str, Any] | None
     text_bytes: int
 
     def arrays(self) -> dict[int, int]:
@@ -126,9 +126,10 @@ class _Load:
         what = "a sample" if len(self.samples) == 1 else f"a group of {len(self.samples)} samples"
         pixels = sum(sample.pixels for sample in self.samples)
         if form.batch_pixels is not None and pixels > form.batch_pixels:
+            less = "less" if len(self.samples) == 1 else "smaller groups"
             raise RewardError(
-                f"{what} has {pixels} pixels; the server of {form.model!r} takes {form.batch_pixels} in one call; start "
-                f"it with a larger batch_pixels, or send {'less' if len(self.samples) == 1 else 'smaller groups'}"
+                f"{what} has {pixels} pixels; the server of {form.model!r} takes {form.batch_pixels} in one call; "
+                f"start it with a larger batch_pixels, or send {less}"
             )
         if self.exceeds(form.limits):
             raise RewardError(
@@ -201,7 +202,7 @@ def _count(fields: Mapping[str, Sequence[Any]]) -> int:
 
 def _sample(fields: Mapping[str, Sequence[Any]], place: int) -> _Sample:
     own = {name: values[place] for name, values in fields.items()}
-    meta = dict(own.get("metadata") or {})
+    meta = None if own.get("metadata") is None else dict(own["metadata"])  # an empty one is there all the same
     try:
         text = json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError) as error:

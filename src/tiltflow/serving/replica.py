@@ -114,13 +114,13 @@ class Process:
             samples: B samples.
             seconds: The process is killed when it takes longer.
         """
-        metas = [dict(sample.meta) for sample in samples] if any(sample.meta for sample in samples) else None
+        metas = [None if sample.meta is None else dict(sample.meta) for sample in samples]
         layouts = self._arena.put(samples)
         return await self._ask(
             {
                 "do": "score",
                 "prompts": [sample.prompt for sample in samples],
-                "metas": metas,
+                "metas": metas if any(meta is not None for meta in metas) else None,
                 "layouts": layouts,
                 "size": self._arena.size,
                 "used": self._arena.used,

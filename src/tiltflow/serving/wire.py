@@ -139,7 +139,7 @@ class Item(Message):
     condition_images: list[Media] | None = None
     condition_videos: list[Video] | None = None
     group_id: str | None = None  # samples of one id are compared with each other by groupwise models
-    meta: dict[str, Any] = Field(default_factory=dict)
+    meta: dict[str, Any] | None = None  # None: it has none, which is not the empty one
 
 
 class ScoreRequest(Message):
