@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import (
@@ -21,6 +21,7 @@ from tiltflow.rewards.base import (
 )
 from tiltflow.rewards.payload import Parcel, Parcels, RequestForm, pack_group, pack_pointwise
 from tiltflow.rewards.retries import Patience, RemoteRewardError, RewardClient
+from tiltflow.rewards.secrets import Secret
 from tiltflow.rewards.transport import AttemptError, ServerSettings
 from tiltflow.serving import wire
 from tiltflow.types import Config
@@ -41,11 +42,6 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_text(value: Any) -> Any:
-    # YAML reads a token of digits as a number; a message about that would show it.
-    return str(value) if isinstance(value, int | float) else value
-
-
 class RemoteOptions(Config):
     """Options of rewards that a server computes."""
 
@@ -55,7 +51,7 @@ class RemoteOptions(Config):
     pixels: Literal["auto", "uint8", "float32"] = "auto"  # auto: what the model scores as in one process
     retry_attempts: int = Field(default=3, ge=1)  # tries of one request that a server may have worked on
     partial: Literal["allow", "forbid"] = "allow"  # forbid: one sample's failure fails its whole request
-    token: Annotated[SecretStr | None, BeforeValidator(_as_text)] = None  # stays readable in saved configs
+    token: Secret | None = None  # saved configs show stars in its place
     token_env: str | None = Field(default=None, min_length=1)  # the environment variable that holds the token
 
     @field_validator("server_url")

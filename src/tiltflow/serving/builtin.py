@@ -30,7 +30,7 @@ _BLOCK: Final = 2**20  # bytes that are hashed at once
 
 def source_of(reward: RewardArguments) -> ScorerSource:
     """Return how a worker process makes a reward."""
-    return ScorerSource(make_scorer, {"reward": reward.model_dump(mode="json")}, borrows=True)
+    return ScorerSource(make_scorer, {"reward": reward.model_dump()}, borrows=True)
 
 
 def make_scorer(reward: Mapping[str, Any]) -> "RewardScorer":
