@@ -66,6 +66,7 @@ class Network(httpx2.BaseTransport):
         self._keepalive_seconds = keepalive_seconds
         self._ssl = httpx2.create_ssl_context()
         self._pools: dict[str | None, httpcore2.ConnectionPool] = {}  # by proxy; None: without one
+        self._proxies: dict[tuple[str, str, int | None], str | None] = {}  # by server: scheme, host and port
         self._lock = threading.Lock()
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -84,7 +85,7 @@ class Network(httpx2.BaseTransport):
             extensions=request.extensions,
         )
         with _translated():
-            response = self._pool(_proxy_for(url)).handle_request(sent)
+            response = self._pool(url).handle_request(sent)
         body = _Body(response)
         return httpx2.Response(response.status, headers=response.headers, stream=body, extensions=response.extensions)
 
@@ -95,12 +96,16 @@ class Network(httpx2.BaseTransport):
         for pool in pools:
             pool.close()
 
-    def _pool(self, proxy: str | None) -> httpcore2.ConnectionPool:
+    def _pool(self, url: httpx2.URL) -> httpcore2.ConnectionPool:
         with self._lock:
+            server = (url.scheme, url.host, url.port)
+            if server not in self._proxies:
+                self._proxies[server] = _proxy_for(*server)
+            proxy = self._proxies[server]
             if proxy not in self._pools:
                 self._pools[proxy] = httpcore2.ConnectionPool(
                     ssl_context=self._ssl,
-                    proxy=None if proxy is None else _described(proxy),
+                    proxy=None if proxy is None else _described(proxy, self._ssl),
                     max_connections=None,  # as many as there are lanes that ask: nothing waits for another request
                     keepalive_expiry=self._keepalive_seconds,
                     network_backend=_Backend(),
@@ -216,17 +221,17 @@ def _left(timeout: float | None, kind: type[Exception]) -> float | None:
     return None if math.isinf(seconds) else seconds
 
 
-def _proxy_for(url: httpx2.URL) -> str | None:
+def _proxy_for(scheme: str, host: str, port: int | None) -> str | None:
     """Return the address of the proxy that the environment names for a server."""
-    names = (url.host, url.host if url.port is None else f"{url.host}:{url.port}")
+    names = (host, host if port is None else f"{host}:{port}")
     if any(urllib.request.proxy_bypass(name) for name in names):
         return None
     proxies = urllib.request.getproxies()
-    found = proxies.get(url.scheme) or proxies.get("all")
+    found = proxies.get(scheme) or proxies.get("all")
     return found if found is None or "://" in found else f"http://{found}"
 
 
-def _described(address: str) -> httpcore2.Proxy:
+def _described(address: str, ssl_context: ssl.SSLContext) -> httpcore2.Proxy:
     scheme = address.partition("://")[0]
     if scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise httpx2.UnsupportedProtocol("the environment names a SOCKS proxy, which needs the package socksio")
@@ -235,7 +240,8 @@ def _described(address: str) -> httpcore2.Proxy:
     except (ValueError, httpx2.InvalidURL) as error:  # without the address: there may be a password in it
         raise httpx2.UnsupportedProtocol(f"the environment names a proxy that is none, of scheme {scheme!r}") from error
     url = httpcore2.URL(scheme=proxy.url.raw_scheme, host=proxy.url.raw_host, port=proxy.url.port, target=b"/")
-    return httpcore2.Proxy(url, auth=proxy.raw_auth, headers=proxy.headers.raw)
+    secure = ssl_context if proxy.url.scheme == "https" else None
+    return httpcore2.Proxy(url, auth=proxy.raw_auth, headers=proxy.headers.raw, ssl_context=secure)
 
 
 @contextmanager
