@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import SecretStr
 
 from tiltflow.rewards import GroupwiseRewardModel, PointwiseRewardModel, RewardModelOutput
+from tiltflow.types import Config
 
 
 class Brightness(PointwiseRewardModel):
@@ -149,6 +151,34 @@ class Rank(GroupwiseRewardModel):
     def __call__(self, prompt=None, image=None, video=None, condition_images=None, condition_videos=None):
         values = torch.stack([item.mean() for item in image])
         return RewardModelOutput(values.argsort().argsort().float() / len(image), {"size": [len(image)] * len(image)})
+
+
+class MetadataSize(PointwiseRewardModel):
+    """How many keys the metadata has."""
+
+    required_fields = ("metadata",)
+
+    def __call__(self, prompt=None, image=None, video=None, condition_images=None, condition_videos=None, metadata=()):
+        return RewardModelOutput([float(len(each)) for each in metadata])
+
+
+class KeyedOptions(Config):
+    """Options with secrets, as a reward of one's own may have them."""
+
+    key: SecretStr | None = None
+    key_env: str | None = None
+    password: SecretStr = SecretStr("none")
+    stops: int = 1
+
+
+class Keyed(Brightness):
+    """Brightness that needs the right key."""
+
+    Options = KeyedOptions
+
+    def __init__(self, config: Any, accelerator: Any = None):
+        super().__init__(config, accelerator)
+        assert self.options.key is None or self.options.key.get_secret_value().startswith("right-")
 
 
 class SlowBrightness(Brightness):

@@ -58,7 +58,8 @@ HOMES: dict[str, set[str]] = {
     "ray": {"serving.ray_engine"},
     "openai": {"rewards.judge", "rewards.remote"},
     "httpx": {"rewards.judge", "rewards.remote"},
-    "httpx2": {"rewards.judge", "rewards.remote", "rewards.retries", "rewards.transport"},
+    "httpx2": {"rewards.judge", "rewards.network", "rewards.remote", "rewards.retries", "rewards.transport"},
+    "httpcore2": {"rewards.network"},
     "stamina": {"rewards.retries"},
     "wandb": {"runtime.tracking"},
     "tensorboard": {"runtime.tracking"},
@@ -71,8 +72,10 @@ HOMES: dict[str, set[str]] = {
 }
 HOMES_FOR_TYPES = {"accelerate": {"rewards.base"}}  # under `if TYPE_CHECKING:` only
 OPTIONAL = {"wandb", "tensorboard", "torch.utils.tensorboard", "trackio", "openai", "rapidocr", "rapidfuzz"}
-OPTIONAL |= {"httpx2", "stamina"}
+OPTIONAL |= {"httpx2", "httpcore2", "stamina"}
 OPTIONAL |= {"python_multipart", "prometheus_client", "ray"}
+# Modules that subclass what is in optional packages: they import them at their top, and are imported where used.
+DEFERRED = {"rewards.network"}
 
 FORBIDDEN_NAMES = {
     "hasattr": "state capabilities as class attributes",
@@ -173,8 +176,11 @@ def check_frameworks(module: str, source: str, *, is_package: bool = False) -> l
             homes = HOMES[framework] | (HOMES_FOR_TYPES.get(framework, set()) if item.for_types else set())
             if not any(within(module, home) for home in homes):
                 problems.append(f"{module}:{item.line} imports {framework}, which lives in {sorted(homes)}")
-            if framework in OPTIONAL and not (item.deferred or item.for_types):
+            if framework in OPTIONAL and module not in DEFERRED and not (item.deferred or item.for_types):
                 problems.append(f"{module}:{item.line} imports the optional {framework} at the top of the module")
+        for name in filter(lambda name: within(item.target, f"tiltflow.{name}"), DEFERRED):
+            if not (item.deferred or item.for_types):
+                problems.append(f"{module}:{item.line} imports {name} at its top, which needs an optional package")
     return problems
 
 
@@ -312,6 +318,9 @@ BAD: list[tuple[Check, str, str, str]] = [
     (check_frameworks, "serving.server", "def f():\n    import httpx2", "imports httpx2"),
     (check_frameworks, "rewards.transport", "import httpx2", "optional httpx2"),
     (check_frameworks, "rewards.transport", "def f():\n    import_module('stamina')", "imports stamina"),
+    (check_frameworks, "rewards.transport", "from tiltflow.rewards.network import Network", "imports rewards.network"),
+    (check_frameworks, "rewards.network", "import stamina", "imports stamina"),
+    (check_frameworks, "rewards.transport", "def f():\n    import httpcore2", "imports httpcore2"),
     (check_frameworks, "training.trainer", "def f():\n    import wandb", "imports wandb"),
     (check_frameworks, "rewards.geneval", "import cv2", "imports cv2"),
     (check_frameworks, "training.trainer", "from accelerate import Accelerator", "imports accelerate"),
@@ -368,6 +377,8 @@ GOOD: list[tuple[Check, str, str]] = [
     (check_frameworks, "runtime.tracking", "class A:\n    def __init__(self):\n        import wandb"),
     (check_frameworks, "runtime.tracking", "if TYPE_CHECKING:\n    import trackio"),
     (check_frameworks, "flow.steps", "import peftology"),
+    (check_frameworks, "rewards.network", "import httpcore2\nimport httpx2"),
+    (check_frameworks, "rewards.transport", "def f():\n    from tiltflow.rewards.network import Network"),
     (check_forbidden, "x", "model.eval()\ntorch.load(p, weights_only=True)\ngetattr(a, 'b')\nself.signature(f)"),
     (check_forbidden, "x", "import json\njson.loads(s)\nf(trust_remote_code=False)\n'hasattr'"),
     (check_sizes, "x", "a = 1\n" * 400),

@@ -267,7 +267,7 @@ def test_a_missing_key_of_a_section() -> None:
         (
             "rewards",
             "[{name: a}]",
-            "--rewards: an entry needs `reward_model` (a built-in name or a Python path); got {",
+            "--rewards: an entry needs `reward_model` (a built-in name or a Python path); got the keys name",
         ),
         ("rewards", "[3]", "--rewards: an entry needs `reward_model` (a built-in name or a Python path); got 3"),
         ("rewards", "[Genevall]", "reward_model='Genevall' is not a built-in reward; did you mean 'Geneval'?"),

@@ -13,7 +13,7 @@ from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationConfig, held_out
 from tiltflow.policies.sd3 import SD3Config
 from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
-from tiltflow.rewards.registry import check_reward
+from tiltflow.rewards.registry import check_reward, sealed_reward
 from tiltflow.runtime.tracking import TrackingConfig
 from tiltflow.training.pretrain import PretrainConfig
 from tiltflow.training.rollout import SamplerConfig
@@ -138,7 +138,7 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
     Args:
         values: The content of a config file.
         source: Named in messages.
-        check_rewards: Import every reward's class and check its options too.
+        check_rewards: Import every reward's class and check its options too; their secrets are shown nowhere then.
 
     Raises:
         ConfigError: A key is missing, unknown or wrong.
@@ -149,9 +149,14 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
         if key in normal:
             normal[key] = normalise_rewards(normal[key], key=key)
     config: RunConfig = validate(RunConfig, normal, source=source)
-    for reward in (*config.rewards, *config.eval_rewards) if check_rewards else ():
-        check_reward(reward, provided=PROVIDED_FIELDS)
-    return config
+    if not check_rewards:
+        return config
+    checked: dict[str, tuple[RewardArguments, ...]] = {}
+    for key, rewards in (("rewards", config.rewards), ("eval_rewards", config.eval_rewards)):
+        for reward in rewards:
+            check_reward(reward, provided=PROVIDED_FIELDS)
+        checked[key] = tuple(map(sealed_reward, rewards))
+    return config.model_copy(update=checked)
 
 
 def validate(schema: type[Any], values: Mapping[str, Any], *, source: str) -> Any:
@@ -199,7 +204,8 @@ def _normalise_reward(entry: Any, *, key: str) -> dict[str, Any]:
     if isinstance(entry, str):
         return {"name": entry.rpartition(".")[2], "reward_model": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("reward_model"), str):
-        raise ConfigError(f"{key}: an entry needs `reward_model` (a built-in name or a Python path); got {entry!r}")
+        got = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else repr(entry)  # not the secrets
+        raise ConfigError(f"{key}: an entry needs `reward_model` (a built-in name or a Python path); got {got}")
     known = {name: value for name, value in entry.items() if name in RewardArguments.model_fields}
     own = {str(name): value for name, value in entry.items() if name not in RewardArguments.model_fields}
     known.setdefault("name", entry["reward_model"].rpartition(".")[2])
@@ -351,7 +357,7 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def dump(config: Config) -> str:
-    """Return a config as YAML that loads to the same config."""
+    """Return a config as YAML that loads to the same config, but for secrets of rewards, which it does not show."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 
 from tests.rewards.fake_judge import completion, sent_image, serve
 from tiltflow.errors import RewardError
@@ -87,9 +88,9 @@ def test_a_passing_failure_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pickling_keeps_the_settings_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, lambda body: completion({"good": 0.0}))
-    monkeypatch.setenv("JUDGE_KEY", "secret")
+    monkeypatch.setenv("JUDGE_KEY", "k3y-of-the-judge")
     text = pickle.dumps(ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY"})))
-    assert b"secret" not in text
+    assert b"k3y-of-the-judge" not in text
     assert pickle.loads(text).first_token([IMAGE, "?"], dict) == {"good": 0.0}
 
 
@@ -112,7 +113,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 def test_two_keys_are_one_too_many() -> None:
     pytest.importorskip("openai")
     with pytest.raises(RewardError, match="api_key and api_key_env='JUDGE_KEY' are both given; leave one out"):
-        ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY", "api_key": "k"}))
+        ChatEndpoint(SETTINGS.model_copy(update={"api_key_env": "JUDGE_KEY", "api_key": SecretStr("k")}))
 
 
 def test_minus_infinity_is_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,8 @@ def test_label_tokens_and_other_keys_are_sent_along(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": "b"}, {"extra_body": {"seed": 3}}, {"api_key": "k"}, {"base_url": "http://other.test/v1"}]
+    "change",
+    [{"model": "b"}, {"extra_body": {"seed": 3}}, {"api_key": SecretStr("k")}, {"base_url": "http://other.test/v1"}],
 )
 def test_what_is_kept_on_disk_belongs_to_the_request_and_not_to_the_endpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]

@@ -189,7 +189,11 @@ def test_the_judge_s_text_and_another_rubric(monkeypatch: pytest.MonkeyPatch) ->
 def test_defaults() -> None:
     for reward, model in ((t2i(), "RationalRewards-8B-T2I"), (edit(), "RationalRewards-8B-Edit")):
         own = build_reward_model(reward.config.model_copy(update={"options": {}})).options
-        assert (own.api_base_url, own.api_key, own.vlm_model) == ("http://localhost:8000/v1", "EMPTY", model)
+        assert (own.api_base_url, own.api_key.get_secret_value(), own.vlm_model) == (
+            "http://localhost:8000/v1",
+            "EMPTY",
+            model,
+        )
         assert (own.max_concurrent, own.max_retries, own.temperature, own.max_tokens) == (8, 5, 0.1, 2048)
         assert reward.remote
     assert set(RationalRewardEdit.supported_aspects) - set(RationalRewardT2I.supported_aspects) == {

@@ -270,6 +270,55 @@ def test_a_group_larger_than_a_request_is_never_split() -> None:
     assert script.seen == []
 
 
+def with_pixels(model: str, most: int | None) -> Script:
+    return Script(model, info=MODELS[model][1].model_copy(update={"batch_pixels": most}))
+
+
+def test_a_sample_with_more_pixels_than_one_call_takes_fails_alone() -> None:
+    with serving(with_pixels("warmth", 35)) as url:  # what each of the pictures has
+        output = build(url)(prompt=["a"] * 3, image=[*pictures(1), Image.new("RGB", (6, 6)), *pictures(1)])
+        assert output.rewards.isnan().tolist() == [False, True, False]
+        assert str(output.failures[1]) == (
+            "a sample has 36 pixels; the server of 'warmth' takes 35 in one call; start it with a larger batch_pixels, "
+            "or send less"
+        )
+
+
+def test_every_use_of_a_medium_counts_as_pixels() -> None:
+    script = with_pixels("length", 2 * 6 + 3 * 4 * 6)
+    with serving(script) as url:
+        reward = of_fields(url, "prompt", "video", "condition_images")
+        (same,) = pictures(1)
+        small = same.crop((0, 0, 2, 3))
+        video = torch.rand(3, 3, 4, 6)
+        output = reward(prompt=["a", "b"], video=[video, video], condition_images=[[small, small], [small] * 3])
+    assert output.rewards.isnan().tolist() == [False, True]
+    assert "a sample has 90 pixels; the server of 'length' takes 84 in one call" in str(output.failures[1])
+
+
+def test_a_group_with_more_pixels_than_one_call_takes_is_refused_whole() -> None:
+    script = with_pixels("rank", 3 * 35)
+    with serving(script) as url:
+        reward = build(url, GROUPWISE)
+        assert len(ask(reward, 3).rewards) == 3
+        with pytest.raises(
+            RewardError,
+            match=r"a group of 4 samples has 140 pixels; the server of 'rank' takes 105 in one call; .* smaller groups",
+        ):
+            ask(reward, 4)
+    assert len(script.seen) == 1
+
+
+def test_the_least_of_what_several_servers_take_counts() -> None:
+    with (
+        serving(with_pixels("warmth", 50)) as one,
+        serving(with_pixels("warmth", 40)) as two,
+        serving(with_pixels("warmth", None)) as three,
+    ):
+        assert build([one, two, three]).info.batch_pixels == 40
+        assert build([three]).info.batch_pixels is None
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -307,7 +356,6 @@ def test_fields_of_different_lengths_are_refused(url: str) -> None:
         "html:502",
         "code:internal_error",
         "code:deadline_exceeded",
-        "code:body_timeout",
     ],
 )
 def test_bad_luck_is_tried_again_with_the_same_key(url: str, script: Script, fault: str) -> None:
@@ -344,7 +392,7 @@ def test_tries_are_limited_and_the_last_cause_is_told(
     assert f"(tried {attempts} times in " in str(raised.value)
 
 
-REFUSALS = [code for code, (status, _) in wire.CODES.items() if 400 <= status < 500 and status not in (408, 429)]
+REFUSALS = [code for code, (status, _) in wire.CODES.items() if 400 <= status < 500 and status != 429]
 FINAL = ["scorer_error", "nonfinite_score", "wrong_count", "not_implemented", "model_failed"]
 
 
@@ -355,6 +403,16 @@ def test_what_cannot_succeed_is_tried_once(url: str, script: Script, code: str) 
     with pytest.raises(RemoteRewardError, match=rf"{url} answered HTTP {wire.CODES[code][0]} {code}: told"):
         ask(reward)
     assert len(script.seen) == 1
+
+
+def test_a_body_that_was_too_slow_is_not_sent_again(url: str, script: Script) -> None:
+    reward = build([url, url.replace("127.0.0.1", "localhost")])
+    script.always = "code:body_timeout"
+    remedy = r"send less at a time \(batch_size, pixels: uint8\), or raise the server's limit body_seconds"
+    with pytest.raises(RemoteRewardError, match=f"HTTP 408 body_timeout: told; {remedy}"):
+        ask(reward)
+    assert len(script.seen) == 1
+    assert wire.WireError("body_timeout", "late").body()["retryable"] is False
 
 
 @pytest.mark.parametrize("status", [301, 403, 404, 418, 501])
@@ -443,6 +501,74 @@ def test_partial_forbid_makes_one_failure_that_of_its_request(url: str, script: 
     with pytest.raises(RemoteRewardError, match="HTTP 500 scorer_error: told"):
         ask(reward, 1)
     assert script.seen[0].request.partial == "forbid"
+
+
+# --- calls of several requests ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["code:invalid_item", "html:500"])
+def test_a_request_that_fails_costs_the_others_of_its_call_no_score(fault: str) -> None:
+    script = with_limits("warmth", items=4)
+    with serving(script) as url:
+        reward = build(url, retry_attempts=1)
+        script.faults = ["poison:1", fault]
+        output = ask(reward, 10)
+        assert [len(seen.request.items) for seen in script.seen] == [4, 4, 2]
+        assert output.rewards.isnan().tolist() == [place in (1, 4, 5, 6, 7) for place in range(10)]
+        expected = torch.as_tensor(Warmth(entry())(prompt=["a"] * 10, image=pictures(10)).rewards)
+        there = ~output.rewards.isnan()
+        assert torch.equal(output.rewards[there], expected[there])
+        assert sorted(output.failures) == [1, 4, 5, 6, 7]
+        assert str(output.failures[1]) == "scorer_error: told"
+        reasons = {str(output.failures[place]) for place in (4, 5, 6, 7)}
+        assert len(reasons) == 1 and reasons.pop().startswith(f"{url} answered HTTP ")
+        assert output.extra_info["letters"][3:5] == [2, None]
+        script.faults = [fault]
+        with pytest.raises(RemoteRewardError, match="answered HTTP"):  # a call of one request
+            ask(reward, 4)
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize("fault", ["hang:30", "patience:60"])
+def test_when_no_server_can_be_had_in_time_the_others_do_not_wait_for_it_again(fault: str, attempts: int) -> None:
+    script = with_limits("warmth", items=2)
+    with serving(script) as url:
+        reward = build(url, timeout=0.8, retry_attempts=attempts)
+        script.faults, script.always = [""], fault
+        began = time.monotonic()
+        output = ask(reward, 12)
+        assert time.monotonic() - began < 3.5  # each of the five on its own: 4 s
+    assert len(script.seen) == 2
+    assert output.rewards.isnan().tolist() == [False] * 2 + [True] * 10
+    assert {type(error) for error in output.failures.values()} <= {RemoteRewardError, RemoteTimeoutError}
+    assert all(url in str(error) for error in output.failures.values())
+
+
+def test_the_engine_sees_requests_that_failed_as_failures_of_their_samples() -> None:
+    script = with_limits("warmth", items=2)
+    with serving(script) as url:
+        reward = build(url, batch_size=6)
+        engine = RewardEngine([reward.config], factory=lambda _: reward)
+        script.faults = ["", "code:invalid_item"]
+        table = engine.score(batch([0.1] * 8))
+        assert [(failure.samples, failure.kind) for failure in table.failures] == [((2, 3), "RemoteRewardError")]
+        assert table.column("far").isnan().tolist() == [False, False, True, True, False, False, False, False]
+        script.faults = ["", "code:invalid_item"]
+        strict = build(url, batch_size=6, on_error="raise")
+        with pytest.raises(RewardError, match=r"reward 'far' failed on 2 samples, .* HTTP 422 invalid_item: told"):
+            RewardEngine([strict.config], factory=lambda _: strict).score(batch([0.1] * 6))
+
+
+def test_a_failed_request_fails_its_group() -> None:
+    script = Script("rank")
+    with serving(script) as url:
+        reward = build(url, GROUPWISE)
+        script.faults = ["code:scorer_error"]
+        table = RewardEngine([reward.config], factory=lambda _: reward).score(
+            batch([0.1, 0.5, 0.2, 0.9], groups=[1, 1, 2, 2])
+        )
+    assert [failure.samples for failure in table.failures] == [(0, 1)]
+    assert table.column("far").isnan().tolist() == [True, True, False, False]
 
 
 def test_the_engine_masks_failures_of_remote_rewards(url: str, script: Script) -> None:

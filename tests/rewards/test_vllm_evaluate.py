@@ -174,7 +174,7 @@ def test_defaults() -> None:
         20,
         1024,
     )
-    assert (options.api_base_url, options.api_key) == ("http://localhost:8000/v1", "EMPTY")
+    assert (options.api_base_url, options.api_key.get_secret_value()) == ("http://localhost:8000/v1", "EMPTY")
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class Whole(Plain):
         parts = [
             {
                 "prompt": sample.prompt,
-                "meta": dict(sample.meta),
+                "meta": None if sample.meta is None else dict(sample.meta),
                 "image": told(sample.image),
                 "video": told(sample.video),
                 "condition_images": sample.condition_images and [told(array) for array in sample.condition_images],

@@ -97,6 +97,9 @@ def test_all_fields_arrive_whatever_their_shapes() -> None:
                 "condition_videos": [],
             }
             assert [answer.components["given"]["image"] for answer in await ask(model, ["text only"])] == [None]
+            metas = [None, {}, {"a": {}}]
+            answers = await ask(model, [Sample(prompt="p", meta=meta) for meta in metas])
+            assert [answer.components["given"]["meta"] for answer in answers] == metas
 
     run(test(borrows=False))
     run(test(borrows=True))

@@ -14,7 +14,14 @@ from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
-from tiltflow.rewards import RewardArguments, RewardEngine, build_reward_model, check_prompts, check_reward
+from tiltflow.rewards import (
+    RewardArguments,
+    RewardEngine,
+    build_reward_model,
+    check_prompts,
+    check_reward,
+    sealed_reward,
+)
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.training.trainer import load_weights
 
@@ -93,11 +100,11 @@ def _policy(config: SD3Config, checkpoint: Path | None, *, device: torch.device,
 
 
 def _checked_rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:
-    """Return the rewards to measure with after checking their options, before any is built."""
+    """Return the rewards to measure with after checking their options, before any is built; they show no secret."""
     arguments = _rewards(text, found, model_name)
     for entry in arguments:
         check_reward(entry)
-    return arguments
+    return [sealed_reward(entry) for entry in arguments]
 
 
 def _rewards(text: str | None, found: RunConfig | None, model_name: str) -> Sequence[RewardArguments]:

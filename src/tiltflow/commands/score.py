@@ -21,6 +21,7 @@ from tiltflow.rewards import (
     check_prompts,
     check_reward,
     reward_class,
+    sealed_reward,
 )
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
@@ -126,7 +127,7 @@ def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]
     arguments = [validate(RewardArguments, {**defaults, **entry}, source="--rewards") for entry in entries]
     for entry in arguments:
         check_reward(entry)
-    return arguments
+    return [sealed_reward(entry) for entry in arguments]
 
 
 def _check_has_prompts(rewards: Sequence[RewardArguments], files: Sequence[ImageFile]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.errors import ConfigError
-from tiltflow.rewards import RewardArguments, check_reward
+from tiltflow.rewards import RewardArguments, check_reward, sealed_reward
 from tiltflow.serving.builtin import source_of
 from tiltflow.serving.settings import ServerSettings
 from tiltflow.serving.wire import Limits
@@ -133,4 +133,4 @@ def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{twice[0]!r} is served twice; give one of them another `name`")
-    return arguments
+    return [sealed_reward(entry) for entry in arguments]

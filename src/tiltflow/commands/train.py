@@ -1,18 +1,19 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tiltflow.commands.build import CONFIG_FILE, build_engines, build_trainer
 from tiltflow.commands.evaluator import Evaluator
-from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
+from tiltflow.config import REWARD_KEYS, RunConfig, dump, load_run_config, normalise_rewards, read_yaml
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError, RewardOutage
 from tiltflow.report import write_report
-from tiltflow.rewards import check_prompts
+from tiltflow.rewards import check_prompts, reward_class
+from tiltflow.rewards.secrets import secret_keys
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
@@ -150,7 +151,7 @@ def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distrib
 
 
 def changed_keys(path: Path, config: RunConfig) -> list[str]:
-    """Compare a run's saved config with the one it is resumed with.
+    """Compare a run's saved config with the one it is resumed with; another secret makes no other run.
 
     Returns:
         One line per key that has changed.
@@ -160,7 +161,12 @@ def changed_keys(path: Path, config: RunConfig) -> list[str]:
     """
     if not path.is_file():
         return []
-    before, now = _flatten(read_yaml(path)), _flatten(config.model_dump(mode="json"))
+    secrets = {
+        reward.reward_model: secret_keys(reward_class(reward.reward_model).Options)
+        for reward in (*config.rewards, *config.eval_rewards)
+    }
+    before = _flatten(_without_secrets(read_yaml(path), secrets))
+    now = _flatten(_without_secrets(config.model_dump(mode="json"), secrets))
     lines = []
     for key in sorted({*before, *now} - {"output_dir"}):
         if before.get(key) == now.get(key):
@@ -170,6 +176,24 @@ def changed_keys(path: Path, config: RunConfig) -> list[str]:
             raise ConfigError(f"{path.parent} holds another run ({line}); choose another output_dir, or keep the value")
         lines.append(line)
     return lines
+
+
+def _without_secrets(values: Mapping[str, Any], secrets: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """Return a config's values without the secrets of its rewards and the names of variables that hold them.
+
+    Args:
+        values: Of a saved config.
+        secrets: `reward_model` -> the options that are left out.
+    """
+    kept = dict(values)
+    for key in REWARD_KEYS:
+        entries: list[dict[str, Any]] = []
+        for entry in normalise_rewards(kept.get(key) or [], key=key):
+            names = secrets.get(entry["reward_model"], ())
+            options = {name: value for name, value in entry["options"].items() if name not in names}
+            entries.append({**entry, "options": options})
+        kept[key] = entries
+    return kept
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

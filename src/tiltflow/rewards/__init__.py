@@ -16,6 +16,7 @@ from tiltflow.rewards.registry import (
     check_reward,
     identity,
     reward_class,
+    sealed_reward,
     shared_entries,
 )
 from tiltflow.rewards.remote import RemoteGroupwiseRewardModel, RemotePointwiseRewardModel
@@ -36,5 +37,6 @@ __all__ = [
     "check_reward",
     "identity",
     "reward_class",
+    "sealed_reward",
     "shared_entries",
 ]

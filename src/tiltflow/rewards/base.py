@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, SecretStr, field_serializer
 from torch import Tensor
 
 from tiltflow.types import Config, Prompt
@@ -34,6 +34,10 @@ class RewardArguments(Config):
     num_workers: int = Field(default=1, ge=1)  # of this reward alone; only when async
     timeout: float | None = Field(default=None, gt=0)  # seconds that one call may take, or one request of a remote one
     options: Mapping[str, Any] = Field(default_factory=dict[str, Any])
+
+    @field_serializer("options", when_used="json")
+    def _show_no_secret(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, SecretStr) else value for name, value in options.items()}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 from PIL import Image
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, SecretStr
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.replies import DiskReplies, Replies, Reply, request_key
+from tiltflow.rewards.secrets import Secret
 from tiltflow.types import Config
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ Url = Annotated[str, AfterValidator(_check_url)]
 class EndpointOptions(Config):
     """How to ask a model behind an endpoint: the options of every reward that does."""
 
-    api_key: str = Field(default=NO_KEY, min_length=1)  # configs are logged: a secret belongs into api_key_env
+    api_key: Secret = Field(default=SecretStr(NO_KEY), min_length=1)  # saved configs show stars in its place
     api_key_env: str | None = None  # the environment variable that holds the key
     max_concurrent: int = Field(default=8, ge=1, le=1000)  # requests at once, of all threads together
     max_retries: int = Field(default=3, ge=0)  # after the first try, with growing pauses
@@ -201,7 +202,7 @@ def _openai(settings: EndpointSettings) -> Any:
 
 
 def _client(openai: Any, settings: EndpointSettings) -> Any:
-    key = settings.api_key
+    key = settings.api_key.get_secret_value()
     if settings.api_key_env is not None:
         if key != NO_KEY:
             raise RewardError(f"api_key and api_key_env={settings.api_key_env!r} are both given; leave one out")

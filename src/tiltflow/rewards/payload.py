@@ -60,6 +60,7 @@ class RequestForm:
     revision: str
     partial: Literal["allow", "forbid"]
     limits: wire.Limits
+    batch_pixels: int | None = None  # that one sample, or one group, may have; None: any number
 
 
 @dataclass
@@ -80,18 +81,23 @@ class _Sample:
     video: _Video | None
     condition_images: list[_Array] | None
     condition_videos: list[_Video] | None
-    meta: dict[str, Any]
+    meta: dict[str, Any] | None
     text_bytes: int
 
     def arrays(self) -> dict[int, int]:
         """Return the bytes of every array, under the identity of its medium."""
+        return {id(medium): pixels.nbytes + TENSOR_BYTES for medium, pixels in self._media()}
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels a server makes of it: each medium counts as often as it is used."""
+        return sum(pixels.size // 3 for _, pixels in self._media())
+
+    def _media(self) -> list[_Array]:
         videos = [*([] if self.video is None else [self.video]), *(self.condition_videos or ())]
         frames = [array for video in videos for array in (video if isinstance(video, list) else [video])]
         single = [] if self.image is None else [self.image]
-        return {
-            id(medium): pixels.nbytes + TENSOR_BYTES
-            for medium, pixels in (*single, *(self.condition_images or ()), *frames)
-        }
+        return [*single, *(self.condition_images or ()), *frames]
 
 
 class _Load:
@@ -116,14 +122,21 @@ class _Load:
         return count > _most_items(limits) or nbytes > _most_bytes(limits)
 
     def check(self, form: RequestForm) -> None:
-        """Raise a RewardError if the samples are more than the server takes."""
-        if not self.exceeds(form.limits):
-            return
+        """Raise a RewardError if the samples, one or a group, are more than the server takes."""
         what = "a sample" if len(self.samples) == 1 else f"a group of {len(self.samples)} samples"
-        raise RewardError(
-            f"{what} has {self.nbytes} bytes; the server of {form.model!r} takes {_most_bytes(form.limits)} bytes and "
-            f"{_most_items(form.limits)} items in one request; raise its limits, or send fewer bytes (pixels: uint8)"
-        )
+        pixels = sum(sample.pixels for sample in self.samples)
+        if form.batch_pixels is not None and pixels > form.batch_pixels:
+            less = "less" if len(self.samples) == 1 else "smaller groups"
+            raise RewardError(
+                f"{what} has {pixels} pixels; the server of {form.model!r} takes {form.batch_pixels} in one call; "
+                f"start it with a larger batch_pixels, or send {less}"
+            )
+        if self.exceeds(form.limits):
+            raise RewardError(
+                f"{what} has {self.nbytes} bytes; the server of {form.model!r} takes {_most_bytes(form.limits)} bytes "
+                f"and {_most_items(form.limits)} items in one request; raise its limits, or send fewer bytes (pixels: "
+                "uint8)"
+            )
 
     def _growth(self, sample: _Sample) -> int:
         """Return by how many bytes one more sample would make the request larger."""
@@ -189,7 +202,7 @@ def _count(fields: Mapping[str, Sequence[Any]]) -> int:
 
 def _sample(fields: Mapping[str, Sequence[Any]], place: int) -> _Sample:
     own = {name: values[place] for name, values in fields.items()}
-    meta = dict(own.get("metadata") or {})
+    meta = None if own.get("metadata") is None else dict(own["metadata"])  # an empty one is there all the same
     try:
         text = json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -1,12 +1,13 @@
 """Names of built-in rewards, and building one from its configuration."""
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from tiltflow.errors import RewardError, TiltflowError
 from tiltflow.rewards.base import (
@@ -17,7 +18,8 @@ from tiltflow.rewards.base import (
     RewardArguments,
     RewardModel,
 )
-from tiltflow.types import Prompt
+from tiltflow.rewards.secrets import STARS, sealed, secret_names, starred
+from tiltflow.types import Config, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class" in their config instead.
 REWARDS: Mapping[str, str] = {
@@ -107,6 +109,16 @@ def check_reward(arguments: RewardArguments, *, provided: Sequence[str] = FIELDS
     return cls
 
 
+def sealed_reward(arguments: RewardArguments) -> RewardArguments:
+    """Return an entry whose secrets are shown in nothing that is saved, printed or tracked.
+
+    Raises:
+        RewardError: As `check_reward`.
+    """
+    options = _options(arguments, reward_class(arguments.reward_model))
+    return arguments.model_copy(update={"options": sealed(options, arguments.options)})
+
+
 def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt], *, source: str) -> None:
     """Check that every reward can score every prompt, before any model is loaded.
 
@@ -190,7 +202,14 @@ _NOT_IDENTITY = {"name", "weight", "batch_size", "on_error", "async_reward", "nu
 def identity(arguments: RewardArguments) -> str:
     """Return a key that is equal for entries which one model and one pass can serve."""
     same = arguments.model_dump(exclude=_NOT_IDENTITY)
-    return json.dumps(same, sort_keys=True, default=str)
+    return json.dumps(same, sort_keys=True, default=_distinct)
+
+
+def _distinct(value: Any) -> str:
+    """Return a text that is another one for another value; one that does not tell a secret."""
+    if isinstance(value, SecretStr):
+        return hashlib.sha256(value.get_secret_value().encode()).hexdigest()
+    return str(value)
 
 
 def shared_entries(rewards: Sequence[RewardArguments]) -> dict[str, RewardArguments]:
@@ -220,11 +239,24 @@ def _merged(entries: Sequence[RewardArguments]) -> RewardArguments:
 
 def _fields(arguments: RewardArguments, cls: type[RewardModel]) -> tuple[str, ...]:
     """Return the fields that an entry's reward requires, after checking its options."""
+    return cls.fields_for(_options(arguments, cls))
+
+
+def _options(arguments: RewardArguments, cls: type[RewardModel]) -> Config:
+    """Return an entry's own options, checked."""
     try:
         options = cls.Options.model_validate(dict(arguments.options))
     except ValidationError as error:
-        raise RewardError(_options_message(arguments, cls, error)) from error
-    return cls.fields_for(options)
+        # Without what caused it, which would show the options and a secret among them.
+        raise RewardError(_options_message(arguments, cls, error)) from None
+    name = starred(options)
+    if name is not None:
+        env = f", or name an environment variable with {name}_env" if f"{name}_env" in cls.Options.model_fields else ""
+        raise RewardError(
+            f"reward {arguments.name!r}: {name}={STARS!r} is what a saved config shows in place of a secret; give the "
+            f"secret anew{env}"
+        )
+    return options
 
 
 def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: ValidationError) -> str:
@@ -235,4 +267,7 @@ def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: 
         near = difflib.get_close_matches(key, [*legal, *RewardArguments.model_fields], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"reward {arguments.name!r}: unknown key {key!r}{hint}; its own options: {', '.join(legal) or 'none'}"
-    return f"reward {arguments.name!r}: {key}: {problem['msg']}; got {problem.get('input')!r}"
+    # What is missing, or wrong about the options as a whole, would show all of them.
+    shown = problem["type"] != "missing" and problem["loc"] and problem["loc"][0] not in secret_names(cls.Options)
+    got = f"; got {problem.get('input')!r}" if shown else ""
+    return f"reward {arguments.name!r}: {key}: {problem['msg']}{got}"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import (
@@ -21,6 +21,7 @@ from tiltflow.rewards.base import (
 )
 from tiltflow.rewards.payload import Parcel, Parcels, RequestForm, pack_group, pack_pointwise
 from tiltflow.rewards.retries import Patience, RemoteRewardError, RewardClient
+from tiltflow.rewards.secrets import Secret
 from tiltflow.rewards.transport import AttemptError, ServerSettings
 from tiltflow.serving import wire
 from tiltflow.types import Config
@@ -41,11 +42,6 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_text(value: Any) -> Any:
-    # YAML reads a token of digits as a number; a message about that would show it.
-    return str(value) if isinstance(value, int | float) else value
-
-
 class RemoteOptions(Config):
     """Options of rewards that a server computes."""
 
@@ -55,7 +51,7 @@ class RemoteOptions(Config):
     pixels: Literal["auto", "uint8", "float32"] = "auto"  # auto: what the model scores as in one process
     retry_attempts: int = Field(default=3, ge=1)  # tries of one request that a server may have worked on
     partial: Literal["allow", "forbid"] = "allow"  # forbid: one sample's failure fails its whole request
-    token: Annotated[SecretStr | None, BeforeValidator(_as_text)] = None  # stays readable in saved configs
+    token: Secret | None = None  # saved configs show stars in its place
     token_env: str | None = Field(default=None, min_length=1)  # the environment variable that holds the token
 
     @field_validator("server_url")
@@ -120,7 +116,7 @@ class RemoteRewardModel(RewardModel):
         self._client = RewardClient(settings, patience, transport=transport)
         self._client.check()
         self.required_fields = options.required_fields
-        self.info, limits = self._meet(options)
+        self.info = self._meet(options)
         pixels = self.info.pixels if options.pixels == "auto" else options.pixels
         self.use_tensor_inputs = pixels == "float32"
         self._form = RequestForm(
@@ -128,7 +124,8 @@ class RemoteRewardModel(RewardModel):
             asked=options.model or self.info.name,
             revision=self.info.revision,
             partial=options.partial,
-            limits=limits,
+            limits=self.info.limits,
+            batch_pixels=self.info.batch_pixels,
         )
 
     @classmethod
@@ -152,24 +149,36 @@ class RemoteRewardModel(RewardModel):
     ) -> RewardModelOutput:
         """Send samples to a server and return its scores.
 
+        A call that takes several requests loses no score by one that fails: its samples are failures with its reason.
+
         Raises:
-            RemoteRewardError: The servers refused or failed a whole request of theirs.
+            RemoteRewardError: The servers refused or failed the one request that the call took.
         """
         given = dict(zip(FIELDS, (prompt, image, video, condition_images, condition_videos, metadata), strict=True))
         fields = {name: values for name, values in given.items() if values is not None}
         packed = self._pack(fields)
         count = len(next(iter(fields.values()), ()))
         merged = _Merged(count, self.info.name, packed.failures)
+        lost: RemoteRewardError | None = None
         for parcel in packed.parcels:
-            merged.add(parcel, self._client.send(parcel))
+            if lost is not None:
+                merged.fail(parcel, lost)  # it would only wait as long for the same
+                continue
+            try:
+                merged.add(parcel, self._client.send(parcel))
+            except RemoteRewardError as error:
+                if len(parcel.places) == count:
+                    raise
+                merged.fail(parcel, error)
+                lost = error if error.for_all else None
         return merged.output()
 
     @abstractmethod
     def _pack(self, fields: Mapping[str, Sequence[Any]]) -> Parcels:
         """Return samples as requests."""
 
-    def _meet(self, options: RemoteOptions) -> tuple[wire.ModelInfo, wire.Limits]:
-        """Return what the model is, and the least of what its servers take."""
+    def _meet(self, options: RemoteOptions) -> wire.ModelInfo:
+        """Return what the model is, with the least of what its servers take."""
         known = self._ask_servers(options)
         (first_url, first), *others = known.items()
         told = first.model_dump(include=ALIKE)
@@ -194,7 +203,10 @@ class RemoteRewardModel(RewardModel):
             )
         limits = [info.limits.model_dump() for info in known.values()]
         least = {name: min(each[name] for each in limits) for name in limits[0]}
-        return first, wire.Limits.model_validate(least)
+        pixels = [info.batch_pixels for info in known.values() if info.batch_pixels is not None]
+        return first.model_copy(
+            update={"limits": wire.Limits.model_validate(least), "batch_pixels": min(pixels, default=None)}
+        )
 
     def _ask_servers(self, options: RemoteOptions) -> dict[str, wire.ModelInfo]:
         """Return what each server that answers says of the model, waiting while all of them are still loading it."""
@@ -301,6 +313,10 @@ class _Merged:
             self._rewards[place] = result.scores[self._model]
             for key, value in result.components.get(self._model, {}).items():
                 self._extra.setdefault(key, [None] * len(self._rewards))[place] = value
+
+    def fail(self, parcel: Parcel, error: Exception) -> None:
+        """Note that a request has no reply."""
+        self._failures.update(dict.fromkeys(parcel.places, error))
 
     def output(self) -> RewardModelOutput:
         """Return all of them; a sample without score is NaN."""

@@ -3,8 +3,8 @@
 A server that cannot be reached, or says that it is not ready (503), is waited for or passed over for another one; that
 is no try. One that asks for patience (429 and Retry-After) gets it. What may have been bad luck (other 5xx, a timeout,
 a reply that was cut or makes no sense) is tried a limited number of times, elsewhere at once or here after a growing
-random pause, and within a budget that all requests share. What cannot succeed (other 4xx, an error that says so) is
-tried once.
+random pause, and within a budget that all requests share. What cannot succeed (4xx, an error that says so) is tried
+once.
 """
 
 import importlib
@@ -25,10 +25,21 @@ if TYPE_CHECKING:
 
 FIRST_BACKOFF: Final = 0.25  # seconds: the longest pause before the second try; it doubles with every further one
 LONGEST_BACKOFF: Final = 5.0
+NO_TIME: Final = 0.01  # of a request's time: with less left, it is used up
 
 
 class RemoteRewardError(RewardError):
     """A reward server did not score: one sample, or a whole request."""
+
+    def __init__(self, message: str, *, for_all: bool = False):
+        """Keep what follows from it.
+
+        Args:
+            message: For people.
+            for_all: The request's time is used up, or no server can be had: another request would fare no better.
+        """
+        super().__init__(message)
+        self.for_all = for_all
 
 
 class RemoteTimeoutError(RemoteRewardError, TimeoutError):
@@ -162,14 +173,18 @@ class RewardClient:
 
     def _final(self, error: AttemptError | NoServerError, progress: _Progress) -> RemoteRewardError:
         """Return the one exception that a request ends with."""
-        took = time.monotonic() - progress.began
+        now = time.monotonic()
+        for_all = isinstance(error, NoServerError) or progress.deadline - now < NO_TIME * self.patience.timeout
         message = str(error) if progress.last is None else str(progress.last)
         if progress.last is not None and not progress.last.retryable:
             return RemoteRewardError(message)
         if isinstance(error, AttemptError) and progress.made >= self.patience.attempts:
-            return RemoteRewardError(f"{message} (tried {progress.made} times in {took:.3g} s)")
+            tried = f"tried {progress.made} times in {now - progress.began:.3g} s"
+            return RemoteRewardError(f"{message} ({tried})", for_all=for_all)
         because = f"; {error}" if isinstance(error, NoServerError) and progress.last is not None else ""
-        return RemoteTimeoutError(f"no answer can be had within {self.patience.timeout:g} s; last: {message}{because}")
+        return RemoteTimeoutError(
+            f"no answer can be had within {self.patience.timeout:g} s; last: {message}{because}", for_all=for_all
+        )
 
 
 def _stamina(reward: str) -> Any:

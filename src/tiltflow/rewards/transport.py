@@ -191,11 +191,13 @@ class Transport:
     ) -> _Answer:
         httpx = _package("httpx2", self.settings.reward)
         client = self._open()
+        from tiltflow.rewards.network import until
+
         end = time.monotonic() + timeout
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
         try:
             request = client.build_request(method, url + path, headers=headers, content=content, timeout=limits)
-            with contextlib.closing(client.send(request, stream=True)) as response:
+            with until(end), contextlib.closing(client.send(request, stream=True)) as response:
                 return _Answer(response.status_code, response.headers, self._read(url, response, end=end, most=most))
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
             message = f"{url} cannot be reached: {type(error).__name__}: {self._clean(error)}"
@@ -204,7 +206,10 @@ class Transport:
             message = f"{url} cannot be asked: {type(error).__name__}: {self._clean(error)}"
             raise AttemptError(message, verdict="unknown", retryable=False) from error
         except httpx.TransportError as error:
-            what = f"did not answer within {timeout:.3g} s" if isinstance(error, httpx.TimeoutException) else "hung up"
+            what = "hung up"
+            if isinstance(error, httpx.TimeoutException):
+                did = "take the request" if isinstance(error, httpx.WriteTimeout) else "answer"
+                what = f"did not {did} within {timeout:.3g} s"
             message = f"{url} {what}: {type(error).__name__}: {self._clean(error)}"
             raise AttemptError(message, verdict="faulty", retryable=True) from error
 
@@ -240,7 +245,7 @@ class Transport:
             worked = told is not None and told.code in ("worker_lost", "model_failed")
             verdict = "faulty" if worked else "down"
             return AttemptError(message, verdict=verdict, retryable=retryable, counts=worked, pause=pause)
-        retryable = answer.status == 408
+        retryable = False
         if answer.status >= 500:
             retryable = told.retryable if told is not None else answer.status not in TRUE_ANYWHERE
         verdict: Verdict = "faulty" if retryable else "alive"
@@ -255,11 +260,7 @@ class Transport:
             self._secret = self.settings.secret()
             if self._secret is not None:
                 headers["Authorization"] = f"Bearer {self._secret}"
-            # As many connections as there are lanes that ask: nothing waits for another request to end.
-            pool = httpx.Limits(
-                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
-            )
-            client = httpx.Client(headers=headers, limits=pool, transport=self._transport)
+            client = httpx.Client(headers=headers, transport=self._transport or _network())
             weakref.finalize(self, client.close)
             self._client = client
             return client
@@ -269,6 +270,12 @@ class Transport:
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
         line = line.replace(self._secret, "***") if self._secret else line
         return line if len(line) <= TOLD else f"{line[:TOLD]}..."
+
+
+def _network() -> "httpx2.BaseTransport":
+    from tiltflow.rewards.network import Network
+
+    return Network(keepalive_seconds=KEEPALIVE_SECONDS)
 
 
 def _package(name: str, reward: str) -> Any:
@@ -317,6 +324,8 @@ def _remedy(status: int) -> str:
         return "; give the server's token with token_env (an environment variable) or token"
     if status == 404:
         return "; check server_url and model"
+    if status == 408:
+        return "; send less at a time (batch_size, pixels: uint8), or raise the server's limit body_seconds"
     if 300 <= status < 400:
         return "; redirects are not followed: give the address it points to as server_url"
     return ""

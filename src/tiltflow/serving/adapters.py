@@ -115,7 +115,7 @@ def _compute_items(body: ComputeBody) -> list[Item]:
             condition_videos=None
             if body.condition_videos is None
             else [_video(video) for video in body.condition_videos[index]],
-            meta={} if body.metadata is None else body.metadata[index],
+            meta=None if body.metadata is None else body.metadata[index],
             group_id=_GROUP,
         )
         for index, prompt in enumerate(body.prompt)
@@ -133,7 +133,7 @@ def _text_items(body: GetRewardBody) -> list[Item]:
             meta["prompt"] = body.prompts[index]
         if body.labels is not None:
             meta["label"] = body.labels[index]
-        items.append(Item(prompt=query, meta=meta, group_id=_GROUP))
+        items.append(Item(prompt=query, meta=meta or None, group_id=_GROUP))
     return items
 
 

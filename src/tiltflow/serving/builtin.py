@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from tiltflow.serving.jobs import Sample, ScorerSource
 from tiltflow.serving.server import to_levels
 from tiltflow.serving.wire import ModelInfo, Pixels, WireError
 
+T = TypeVar("T")
+
 JUDGE: Final = "the judge"  # how errors begin that are those of a model behind an endpoint
 _BLOCK: Final = 2**20  # bytes that are hashed at once
 
 
 def source_of(reward: RewardArguments) -> ScorerSource:
     """Return how a worker process makes a reward."""
-    return ScorerSource(make_scorer, {"reward": reward.model_dump(mode="json")}, borrows=True)
+    return ScorerSource(make_scorer, {"reward": reward.model_dump()}, borrows=True)
 
 
 def make_scorer(reward: Mapping[str, Any]) -> "RewardScorer":
@@ -84,7 +86,7 @@ class RewardScorer:
             case "prompt":
                 return sample.prompt
             case "metadata":
-                return dict(sample.meta)
+                return dict(_there(sample.meta))
             case "image":
                 return self._form(_there(sample.image))
             case "video":
@@ -139,7 +141,7 @@ def _told(error: Exception) -> str | WireError:
     return WireError("upstream_judge", text) if str(error).startswith(JUDGE) else text
 
 
-def _there(array: Pixels | None) -> Pixels:
-    if array is None:
+def _there(value: T | None) -> T:
+    if value is None:
         raise WireError("invalid_item", "a sample came without a field that the reward requires")
-    return array
+    return value

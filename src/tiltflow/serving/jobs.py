@@ -21,7 +21,7 @@ class Sample:
     video: Pixels | None = None
     condition_images: Sequence[Pixels] | None = None
     condition_videos: Sequence[Pixels] | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    meta: Mapping[str, Any] | None = None
     group: str | None = None  # unique over all requests; a groupwise model gets all samples of one group in one call
 
     @property
@@ -52,7 +52,7 @@ class Sample:
             None if self.video is None else key(self.video),
             None if self.condition_images is None else tuple(map(key, self.condition_images)),
             None if self.condition_videos is None else tuple(map(key, self.condition_videos)),
-            bool(self.meta),
+            self.meta is not None,
         )
 
 

@@ -127,7 +127,7 @@ class Process:
             samples: B samples.
             seconds: The process is killed when it takes longer.
         """
-        metas = [dict(sample.meta) for sample in samples] if any(sample.meta for sample in samples) else None
+        metas = [None if sample.meta is None else dict(sample.meta) for sample in samples]
         put = partial(self._arena.put, samples)
         if sum(sample.nbytes for sample in samples) < COPY_BYTES:
             layouts = put()
@@ -137,7 +137,7 @@ class Process:
             {
                 "do": "score",
                 "prompts": [sample.prompt for sample in samples],
-                "metas": metas,
+                "metas": metas if any(meta is not None for meta in metas) else None,
                 "layouts": layouts,
                 "size": self._arena.size,
                 "used": self._arena.used,

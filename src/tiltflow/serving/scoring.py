@@ -223,7 +223,7 @@ class Scoring:
             "video": sample.video is not None,
             "condition_images": sample.condition_images is not None,
             "condition_videos": sample.condition_videos is not None,
-            "metadata": bool(item.meta),
+            "metadata": item.meta is not None,
         }
         for model in self._models:
             for field in model.info.required_fields:

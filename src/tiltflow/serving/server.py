@@ -223,7 +223,7 @@ class UserScorer:
                 None if sample.condition_videos is None else [self._frames(each) for each in sample.condition_videos]
                 for sample in samples
             ],
-            "metadata": [dict(sample.meta) or None for sample in samples],
+            "metadata": [None if sample.meta is None else dict(sample.meta) for sample in samples],
         }
         given = {
             name: column

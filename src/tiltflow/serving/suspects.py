@@ -86,7 +86,7 @@ def _digest(samples: Sequence[Sample]) -> bytes:
     for sample in samples:
         shapes = [(array.dtype.str, array.shape) for array in sample.media]
         told = [sample.prompt, sample.meta, repr(sample.shape_key), repr(shapes)]
-        found.update(json.dumps(told, sort_keys=True).encode())
+        found.update(json.dumps(told, sort_keys=True, default=repr).encode())
         for array in sample.media:
             found.update(array.tobytes())
     return found.digest()

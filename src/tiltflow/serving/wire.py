@@ -45,7 +45,7 @@ CODES: Final[Mapping[str, tuple[int, bool]]] = {
     "not_found": (404, False),
     "model_not_found": (404, False),
     "method_not_allowed": (405, False),
-    "body_timeout": (408, True),
+    "body_timeout": (408, False),  # what was too slow once will be too slow again
     "idempotency_conflict": (409, False),
     "payload_too_large": (413, False),
     "unsupported_media": (415, False),
@@ -139,7 +139,7 @@ class Item(Message):
     condition_images: list[Media] | None = None
     condition_videos: list[Video] | None = None
     group_id: str | None = None  # samples of one id are compared with each other by groupwise models
-    meta: dict[str, Any] = Field(default_factory=dict)
+    meta: dict[str, Any] | None = None  # None: it has none, which is not the empty one
 
 
 class ScoreRequest(Message):
@@ -216,7 +216,8 @@ class ModelInfo(Reply):
     pixels: Literal["uint8", "float32"] = "uint8"  # what scores exactly as in one process; the other is accepted too
     required_fields: tuple[str, ...] = ()  # of prompt, image, video, condition_images, condition_videos, metadata
     batch_size: int = 1
-    batch_pixels: int | None = None  # of one call at most; an item, or a group, with more is refused
+    # Of one call at most: an item (or a group of a groupwise model) that has more is refused. None: not told.
+    batch_pixels: int | None = None
     limits: Limits = Limits()
 
 

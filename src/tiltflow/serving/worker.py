@@ -86,7 +86,7 @@ def read_samples(message: Mapping[str, Any], arena: Arena, *, borrow: bool) -> l
     """Return the samples of a call."""
     prompts = message["prompts"]
     media = arena.take(message["layouts"], len(prompts), size=message["size"], used=message["used"], borrow=borrow)
-    metas = message["metas"] or [{}] * len(prompts)
+    metas = message["metas"] or [None] * len(prompts)
     return [
         Sample(prompt=prompt, meta=meta, **fields) for prompt, meta, fields in zip(prompts, metas, media, strict=True)
     ]

@@ -62,6 +62,13 @@ def test_every_field_arrives() -> None:
     np.testing.assert_array_equal(sample.condition_videos[0], levels(3)[:2])
 
 
+def test_empty_metadata_is_there_and_absent_metadata_is_not() -> None:
+    body = b'{"items":[{"prompt":"p"},{"prompt":"p","meta":null},{"prompt":"p","meta":{}}]}'
+    assert [sample.meta for sample in sound(read(body, JSON))] == [None, None, {}]
+    again = packed([Item(prompt="p", meta={}), Item(prompt="p")], {})
+    assert [sample.meta for sample in sound(read(again, SAFETENSORS))] == [{}, None]
+
+
 def test_groups_of_different_requests_are_different() -> None:
     async def go() -> list[Parsed]:
         reader = RequestReader(Limits())

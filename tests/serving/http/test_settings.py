@@ -157,6 +157,22 @@ def test_the_room_is_imported_without_torch_and_without_a_web_framework() -> Non
     assert {name.split(".")[1] for name in names if "." in name} == {"errors", "serving"}
 
 
+def test_empty_metadata_is_passed_and_absent_metadata_is_not() -> None:
+    class Told(Plain):
+        """Remembers the metadata."""
+
+        optional_fields = ("metadata",)
+
+        def compute_reward(self, prompts: Any, **fields: Any) -> Any:
+            self.told = fields
+            return [0.0] * len(prompts)
+
+    for metas, expected in (([{}, {}], [{}, {}]), ([{}, None, {"a": 1}], [{}, None, {"a": 1}]), ([None], None)):
+        server = Told()
+        UserScorer(server).score([Sample(prompt="p", meta=meta) for meta in metas])
+        assert server.told == ({} if expected is None else {"metadata": expected})
+
+
 def test_a_field_that_the_class_does_not_name_is_not_passed() -> None:
     scorer = UserScorer(Plain())
     scores, _, _ = scorer.score([Sample(prompt="p", meta={"a": 1}, image=np.zeros((2, 2, 3), np.uint8))])
