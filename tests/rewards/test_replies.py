@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError, UnparsableError
 from tiltflow.rewards.replies import DiskReplies, Replies, Reply, request_key
 
 MIB = 2**20
@@ -34,7 +34,7 @@ def text_of(reply: Reply) -> str:
 
 
 def unreadable(reply: Reply) -> str:
-    raise RewardError(f"cannot read {reply.text}")
+    raise UnparsableError(f"cannot read {reply.text}")
 
 
 def at_once(count: int, work: Callable[[], object]) -> None:
@@ -85,7 +85,7 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept() -> None:
 
     def fail() -> Reply:
         time.sleep(0.1)
-        raise RewardError("out of reach")
+        raise JudgeError("out of reach")
 
     def ask() -> None:
         try:
@@ -144,7 +144,7 @@ def test_a_damaged_file_is_reported_asked_for_again_and_written_anew(tmp_path: P
 
 def test_errors_and_unreadable_replies_are_never_written(tmp_path: Path) -> None:
     def fail() -> Reply:
-        raise RewardError("out of reach")
+        raise JudgeError("out of reach")
 
     for ask, read in ((fail, text_of), (Judge(), unreadable)):
         with pytest.raises(RewardError):

@@ -213,7 +213,7 @@ def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: Judge
     table = RewardEngine([entry("yes", "vllm_evaluate", options=options)]).score(batch([0.9, 0.05, 0.5, 0.1]))
     assert table.column("yes").isnan().tolist() == [False, True, False, True]
     (failure,) = table.failures
-    assert (failure.samples, failure.kind) == ((1, 3), "RewardError")
+    assert (failure.samples, failure.kind) == ((1, 3), "JudgeError")
     assert "InternalServerError" in failure.message and "it was told to refuse" in failure.message
     assert [cell is None for cell in table.extra_info["yes"]["mass"]] == [False, True, False, True]
 

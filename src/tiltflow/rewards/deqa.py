@@ -133,7 +133,7 @@ class _RemoteJudge:
         """Return the probabilities of the five words.
 
         Raises:
-            RewardError: The model cannot be asked, or answers something else.
+            JudgeError: The model cannot be asked, or answers something else.
         """
         red, green, blue = (int(255 * value) for value in CLIP_MEAN)
         square = pad_to_square(image.convert("RGB"), (red, green, blue))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, TypeVar
 from PIL import Image
 from pydantic import AfterValidator, Field, JsonValue
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError, UnparsableError
 from tiltflow.rewards.replies import DiskReplies, Replies, Reply, request_key
 from tiltflow.types import Config
 
@@ -114,7 +114,7 @@ class ChatEndpoint:
 
         Args:
             content: Images, sent as PNG so that nothing is lost, and text, in the order in which the model reads them.
-            read: Called with the likeliest first tokens and their log-probabilities; raises RewardError if it can do
+            read: Called with the likeliest first tokens and their log-probabilities; raises JudgeError if it can do
                 nothing with them. What it cannot read is not remembered.
             answer: The beginning of the answer, to be continued. vLLM and SGLang can do that; other servers reject the
                 request or begin anew.
@@ -123,7 +123,7 @@ class ChatEndpoint:
                 vLLM can tell them (`logprob_token_ids`); other servers reject the request or tell the likeliest.
 
         Raises:
-            RewardError: The endpoint cannot be reached or refuses, its answer has no log-probabilities, or `read`
+            JudgeError: The endpoint cannot be reached or refuses, its answer has no log-probabilities, or `read`
                 raised.
         """
         messages = [_turn("user", content)]
@@ -144,12 +144,12 @@ class ChatEndpoint:
         Args:
             system: The turn before the question.
             content: As `first_token`.
-            read: Called with a whole answer; raises RewardError if it can do nothing with it.
+            read: Called with a whole answer; raises JudgeError if it can do nothing with it.
             temperature: Of sampling; 0 takes the likeliest token each time.
             max_tokens: After so many the answer is cut off, and an error.
 
         Raises:
-            RewardError: The endpoint cannot be reached or refuses, its answer is empty or cut off, or `read` raised.
+            JudgeError: The endpoint cannot be reached or refuses, its answer is empty or cut off, or `read` raised.
         """
         messages = [{"role": "system", "content": system}, _turn("user", content)]
         sampling = {"temperature": temperature, "max_completion_tokens": max_tokens}
@@ -168,26 +168,26 @@ class ChatEndpoint:
             with self._slots:
                 response = self._client.chat.completions.create(**request, extra_body=extra or None)
         except self._openai.OpenAIError as error:
-            raise RewardError(f"{self._name} failed: {_causes(error)}") from error
+            raise JudgeError(f"{self._name} failed: {_causes(error)}") from error
         if not isinstance(response, self._openai.types.chat.ChatCompletion):
-            raise RewardError(f"{self._name} answered with no chat completion; base_url usually ends with /v1")
+            raise JudgeError(f"{self._name} answered with no chat completion; base_url usually ends with /v1")
         try:
             return _reply(response)
         except (AttributeError, TypeError, ValueError) as error:  # the client believes servers without checking
-            raise RewardError(f"{self._name} answered with a malformed chat completion: {error}") from error
+            raise JudgeError(f"{self._name} answered with a malformed chat completion: {error}") from error
 
     def _first_tokens(self, reply: Reply) -> Mapping[str, float]:
         if not reply.first_tokens:
-            raise RewardError(
+            raise JudgeError(
                 f"{self._name} answered without log-probabilities; use a server and a model that give top_logprobs"
             )
         return reply.first_tokens
 
     def _whole_text(self, reply: Reply, max_tokens: int) -> str:
         if not reply.text.strip():
-            raise RewardError(f"{self._name} gave an empty answer (finish_reason={reply.finish_reason!r})")
+            raise UnparsableError(f"{self._name} gave an empty answer (finish_reason={reply.finish_reason!r})")
         if reply.finish_reason == "length":
-            raise RewardError(f"{self._name} gave an answer that was cut off; raise max_tokens={max_tokens}")
+            raise UnparsableError(f"{self._name} gave an answer that was cut off; raise max_tokens={max_tokens}")
         return reply.text
 
 
@@ -274,12 +274,12 @@ def shares(masses: Mapping[str, float], logprobs: Mapping[str, float], *, min_ma
         min_mass: How probable the words must be together for the answer to be one of them.
 
     Raises:
-        RewardError: They are less probable than that: the judge is saying something else.
+        UnparsableError: They are less probable than that: the judge is saying something else.
     """
     total = sum(masses.values())
     if total <= 0 or total < min_mass:
         likely = sorted(logprobs, key=lambda token: -logprobs[token])[:3]
-        raise RewardError(
+        raise UnparsableError(
             f"the judge's first word is none of {', '.join(masses)}: together they have probability {total:.2g}, less "
             f"than {min_mass:g}; the likeliest are {likely}"
         )
@@ -290,6 +290,6 @@ def weigh_words(logprobs: Mapping[str, float], words: Sequence[str], *, min_mass
     """Return the probability of each word among these words, from the log-probabilities of first tokens.
 
     Raises:
-        RewardError: As `shares`.
+        UnparsableError: As `shares`.
     """
     return shares(word_masses(logprobs, words), logprobs, min_mass=min_mass)

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError
 from tiltflow.types import Config
 
 T = TypeVar("T")
@@ -78,10 +78,10 @@ class Replies:
         Args:
             key: Of the request (`request_key`).
             ask: Sends it.
-            read: Makes something of a reply, or raises RewardError.
+            read: Makes something of a reply, or raises JudgeError.
 
         Raises:
-            RewardError: As `read`, of a new reply.
+            JudgeError: As `read`, of a new reply.
             Exception: As `ask`.
         """
         with self._lock:
@@ -115,7 +115,7 @@ class Replies:
         if kept is not None:
             try:
                 return kept, read(kept)
-            except RewardError:
+            except JudgeError:
                 pass  # it was readable under other options; a new reply may be readable under these
         reply = ask()
         answer = read(reply)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import UnparsableError
 
 LOWEST: Final = 1.0
 HIGHEST: Final = 4.0
@@ -155,7 +155,7 @@ def read_aspects(answer: str, aspects: Sequence[str]) -> dict[str, float | None]
         aspects: Names from `ASPECTS`.
 
     Raises:
-        RewardError: A section has no score, or one that cannot be read or is not out of 4.
+        UnparsableError: A section has no score, or one that cannot be read or is not out of 4.
     """
     sections = _sections(answer.rpartition("</think>")[2])
     found: dict[str, float | None] = {}
@@ -163,7 +163,7 @@ def read_aspects(answer: str, aspects: Sequence[str]) -> dict[str, float | None]
         own = [section for section in sections if section.name == name]
         written = [value for section in own if (value := _written_score(section)) is not None]
         if own and not written:
-            raise RewardError(f"the judge's answer has a section {ASPECTS[name].title!r} without a score")
+            raise UnparsableError(f"the judge's answer has a section {ASPECTS[name].title!r} without a score")
         found[name] = _score(name, written[0]) if written else None
     return found
 
@@ -220,7 +220,7 @@ def _score(name: str, text: str) -> float | None:
     match = _VALUE.match(value)
     best = "4" if match is None else match["best"] or "4"
     if match is None or _NO_SCORE_AFTER.match(match["after"]) or float(best.replace(",", ".")) != HIGHEST:
-        raise RewardError(
+        raise UnparsableError(
             f"the judge's score of {ASPECTS[name].title!r} cannot be read: {text.strip()[:40]!r}; legal are a number "
             "out of 4, and N/A"
         )

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pydantic import Field, ValidationInfo, field_validator
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
 from tiltflow.rewards.judge import (
@@ -126,7 +126,7 @@ class VllmEvaluateReward(PointwiseRewardModel):
 def _mass_of_ids(logprobs: Mapping[str, float], ids: Sequence[int]) -> float:
     absent = [token for token in ids if f"{TOKEN_ID}{token}" not in logprobs]
     if absent:
-        raise RewardError(
+        raise JudgeError(
             f"the judge did not tell the log-probability of token {absent[0]} but those of {list(logprobs)[:3]}; use a "
             "server that knows logprob_token_ids, or leave out yes_token_ids and no_token_ids"
         )

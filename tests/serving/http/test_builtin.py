@@ -68,6 +68,7 @@ def test_failures_and_components_are_told() -> None:
     assert components == {"tensor": [0, 1, 2], "word": ["a", "empty", "odd"]}
     told = failures[1]
     assert isinstance(told, WireError) and told.code == "upstream_judge"
+    assert told.message == "UnparsableError: m gave an empty answer"
     assert failures[2] == "ValueError: odd"
     for name, prompt, code in (("Judged", "out", "upstream_judge"), ("TooFew", "a", "wrong_count")):
         with pytest.raises(WireError) as caught:
@@ -138,9 +139,13 @@ def test_one_model_is_named_where_there_are_several(server: Server) -> None:
 def test_a_judge_that_is_out_is_a_bad_gateway(server: Server) -> None:
     answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": "out"}]})
     assert (answer.status, answer.error["code"]) == (502, "upstream_judge")
-    answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": p} for p in ("a", "empty", "odd")]})
-    assert answer.status == 200 and codes(answer) == ["ok", "upstream_judge", "scorer_error"]
-    assert scores(answer) == [0.5, None, None]
+    prompts = ("a", "empty", "late", "odd", "unlike")
+    answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": prompt} for prompt in prompts]})
+    told = ["ok", "upstream_judge", "upstream_judge", "scorer_error", "scorer_error"]
+    assert answer.status == 200 and codes(answer) == told
+    assert scores(answer) == [0.5, None, None, None, None]
+    answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": "config"}]})
+    assert (answer.status, answer.error["code"]) == (500, "scorer_error")  # however its message begins
     assert server.get("/v1/models").json["data"][0]["limits"]["items"] == 10
 
 
