@@ -121,7 +121,7 @@ class RationalReward(PointwiseRewardModel):
         """
         rated = [score for score in scores.values() if score is not None]
         if not rated:
-            raise JudgeError(f"the judge's answer rates none of {', '.join(scores)}")
+            raise JudgeError(f"the judge's answer rates none of {', '.join(scores)}: it says N/A of each")
         return (sum(rated) / len(rated) - LOWEST) / (HIGHEST - LOWEST)
 
     def __call__(
