@@ -253,7 +253,8 @@ def _score(name: str, text: str) -> float | None:
     best = "4" if match is None else match["best"] or "4"
     if match is None or _NO_SCORE_AFTER.match(match["after"]) or _number(best) != HIGHEST:
         raise _unparsable(
-            f"the score of {ASPECTS[name].title!r} cannot be read: {_short(text)}; legal are a number from 1 to 4, and N/A"
+            f"the score of {ASPECTS[name].title!r} cannot be read: {_short(text)}; legal are a number from 1 to 4, "
+            "and N/A"
         )
     score = _number(match["score"])
     if not LOWEST <= score <= HIGHEST:
