@@ -208,7 +208,7 @@ def test_a_fork_makes_its_own_connections_and_does_not_wait_for_threads_that_it_
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert (ran.returncode, ran.stdout) == (0, "both\n"), ran.stderr
     assert ran.stderr == ""

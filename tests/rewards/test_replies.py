@@ -223,7 +223,7 @@ from tiltflow.rewards.replies import DiskReplies, Replies, Reply
 
 warnings.simplefilter("error")
 folder, own = Path(sys.argv[1]), sys.argv[2]
-for turn in range(30):
+for turn in range(12):
     replies = Replies(0, DiskReplies(folder, limit=200_000))
     for number in range(20):
         key = f"{number:04d}"
@@ -242,7 +242,7 @@ def test_processes_write_one_folder_while_others_make_room(tmp_path: Path) -> No
         for own in ("a", "b")
     ]
     for writer in writers:
-        told = writer.communicate(timeout=120)[1]
+        told = writer.communicate(timeout=240)[1]
         assert writer.returncode == 0, told.decode()
     for path in tmp_path.rglob("*.json"):
         found = json.loads(path.read_text())

@@ -180,6 +180,8 @@ def test_headings(heading: str) -> None:
         ("1. Text Faithfulness — Score: 3/4", 3.0),
         ("1. Text Faithfulness (Score: 2): fine\nScore: 3", 3.0),
         ("1. Text Faithfulness: N/A", None),
+        ("1. Text Faithfulness: **N/A** (nothing was asked for)", None),
+        ("1. Text Faithfulness: N/A at first sight\nScore: 2", 2.0),
         ("1. Text Faithfulness: 3 foxes are missing\nScore: 2", 2.0),
     ],
 )

@@ -139,7 +139,7 @@ def test_no_peer_outlasts_the_deadline(rude: Callable[[Talk], RudeServer], talk:
         began = time.monotonic()
         with pytest.raises(JudgeTimeoutError) as caught:
             ask(judge)
-        assert SECONDS - 0.05 < time.monotonic() - began < SECONDS + 0.5
+        assert SECONDS - 0.05 < time.monotonic() - began < SECONDS + 2
         assert str(caught.value) == f"the judge 'm' at {server.url} gave no answer within {SECONDS:g} s"
         assert server.closed.wait(5)  # the connection is not left to the peer
         server.closed.clear()
@@ -152,7 +152,7 @@ def test_a_peer_that_does_not_read_does_not_outlast_the_deadline(rude: Callable[
     began = time.monotonic()
     with pytest.raises(JudgeTimeoutError, match=r"gave no answer within 1\.5 s"):
         ask(judge, Image.fromarray(noise))
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 5.0
 
 
 def test_a_server_that_refuses_for_ever_is_given_up_at_the_deadline(judge: JudgeServer) -> None:
@@ -189,7 +189,7 @@ def test_retry_after(judge: JudgeServer, asked: str, timeout: float, requests: i
     began = time.monotonic()
     with pytest.raises(JudgeError, match="RateLimitError"):
         ask(endpoint(judge.url, timeout=timeout, max_retries=4))
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 2.8  # less than the deadline
     assert judge.asked()["requests"] == requests
 
 

@@ -253,13 +253,13 @@ def test_a_server_without_tokenize_is_asked_for_the_likeliest_tokens(
 def test_a_server_that_fails_to_tokenize_is_asked_again_later(
     judge: JudgeServer, local: InProcess, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiltflow.rewards.judge.TOKENIZE_TIMEOUT", 0.3)
+    monkeypatch.setattr("tiltflow.rewards.judge.TOKENIZE_TIMEOUT", 1.0)
     reward = reward_of(judge.url, min_mass=0.001, extra_body=biased(local), max_cache_size=0, max_concurrent=2)
     assert isinstance(reward, VllmEvaluateReward)
     known = reward._labels._known.get()
     known.wait = 0.4
     with caplog.at_level("INFO", "tiltflow"):
-        for broken in ({"tokenize": 500}, {"tokenize": 503}, {"tokenize_delay": 0.5}):
+        for broken in ({"tokenize": 500}, {"tokenize": 503}, {"tokenize_delay": 1.5}):
             judge.behave(**broken)
             output = reward(prompt=PROMPTS, image=IMAGES)
             assert output.failures == {}

@@ -237,8 +237,9 @@ def _written_score(section: _Section) -> str | None:
             return match["value"].strip(" \t*_`") or _next_line(section.lines[index:])
     value = _bare(section.rest)
     number = _VALUE.match(value)
-    alone = _NOT_APPLICABLE.fullmatch(value) or (number is not None and not number["after"].strip(" ."))
-    return section.rest if alone else None  # "1. Text Faithfulness: 3", but not "...: 3 cats are missing"
+    if _NOT_APPLICABLE.match(value) or (number is not None and not number["after"].strip(" .")):
+        return section.rest  # "1. Text Faithfulness: 3", but not "...: 3 cats are missing"
+    return None
 
 
 def _next_line(lines: Sequence[str]) -> str:

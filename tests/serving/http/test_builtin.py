@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.judge_server import free_port
 from tests.serving.http.rewards import Conditioned
 from tests.serving.http.servers import Server, b64, codes, levels, picture, running, scores
 from tiltflow import cli
@@ -101,6 +102,8 @@ def test_the_revision_changes_with_options_and_weights(tmp_path: Path, monkeypat
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     rewards = ["JPEGCompressibility", f"{{reward_model: {TESTS}.Brightness, name: bright}}", f"{HERE}.Judged"]
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
+    rewards.append(f"{{reward_model: vllm_evaluate, name: asks, api_base_url: '{nobody}', max_retries: 1, timeout: 5}}")
     with running("-m", "tiltflow", "serve", *rewards, "--port", "0", "--limit", "items=10") as server:
         yield server
 
@@ -147,6 +150,17 @@ def test_a_judge_that_is_out_is_a_bad_gateway(server: Server) -> None:
     answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": "config"}]})
     assert (answer.status, answer.error["code"]) == (500, "scorer_error")  # however its message begins
     assert server.get("/v1/models").json["data"][0]["limits"]["items"] == 10
+
+
+def test_a_judge_that_is_not_there_is_a_bad_gateway(server: Server) -> None:
+    pytest.importorskip("openai")
+    items = [{"prompt": "a cat", "image": b64(picture())}] * 2
+    answer = server.post("/v1/score", {"models": ["asks"], "items": items})
+    assert answer.status == 502 and codes(answer) == ["upstream_judge"] * 2
+    assert scores(answer) == [None, None]
+    told = answer.json["results"][0]["error"]
+    assert told["retryable"] and "failed: APIConnectionError: " in told["message"]
+    assert "(tried 2 times in " in told["message"]
 
 
 @pytest.mark.parametrize(
