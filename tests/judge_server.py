@@ -2,8 +2,8 @@
 
 `python -m tests.judge_server --port 8123 --model FOLDER` answers `POST /v1/chat/completions` as vLLM does, as far as
 judges ask: images as data URLs, `top_logprobs` up to 20, `logprob_token_ids`, `return_tokens_as_token_ids`,
-`logit_bias`. `POST /control` makes it misbehave, and `GET /control` tells what it was asked. Without a model it only
-says what it is told to.
+`logit_bias`, and `POST /tokenize`. `POST /control` makes it misbehave, and `GET /control` tells what it was asked.
+Without a model it only says what it is told to.
 """
 
 import argparse
@@ -86,6 +86,7 @@ def save_judge(folder: Path) -> Path:
     )
     torch.manual_seed(4)  # by which neither yes nor no is among the likeliest words
     image_token = tokenizer.convert_tokens_to_ids("<image>")
+    assert isinstance(image_token, int)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -115,8 +116,12 @@ class Behaviour:
     times: int = -1  # so many requests; -1: all
     darker_than: float = 1.1  # that have a last image below this brightness
     headers: dict[str, str] = field(default_factory=dict[str, str])  # of refusals
+    tokenize: int = 200  # status of /tokenize
+    tokenize_delay: float = 0.0  # seconds
+    label_tokens: str = "told"  # or "refused", "ignored" (as is how tokens are to be written), "written" (that is not)
     # What was asked since the last reset.
     requests: int = 0
+    tokenized: list[str] = field(default_factory=list[str])
     now: int = 0
     most: int = 0  # requests at once
     images: list[list[float]] = field(default_factory=list[list[float]])  # mean colours in the last request
@@ -161,6 +166,10 @@ class Judge:
         """Return a token as answers write it."""
         text = self._processor.tokenizer.decode([token])
         return {"token": f"token_id:{token}" if as_id else text, "logprob": logprob, "bytes": None}
+
+    def tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text."""
+        return self._processor.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def first_token(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the likeliest first token with the log-probabilities that were asked for."""
@@ -220,6 +229,11 @@ def application(judge: Judge | None) -> Any:
             return {"error": {"message": "it was told to refuse"}}, state.status, state.headers
         if (body.get("top_logprobs") or 0) > MOST_LOGPROBS:
             return {"error": {"message": f"top_logprobs is at most {MOST_LOGPROBS}"}}, 400, {}
+        if state.label_tokens == "refused" and "logprob_token_ids" in body:
+            return {"error": {"message": "logprob_token_ids: extra inputs are not permitted"}}, 400, {}
+        if state.label_tokens in ("ignored", "written"):
+            unknown = ("logprob_token_ids", "return_tokens_as_token_ids")[: 1 + (state.label_tokens == "ignored")]
+            body = {key: value for key, value in body.items() if key not in unknown}
         first = judge.first_token(body) if judge is not None and state.reply is None else None
         text = first["token"] if first else (state.reply or "").replace(BRIGHTNESS, f"{1 + 3 * level:.3f}")
         told = {"content": [first]} if first and state.logprobs and body.get("logprobs") else None
@@ -235,6 +249,17 @@ def application(judge: Judge | None) -> Any:
             {},
         )
 
+    async def tokenize(request: Request) -> JSONResponse:
+        state: Behaviour = app.state.behaviour
+        body = await request.json()
+        state.tokenized.append(body["prompt"])
+        await asyncio.sleep(state.tokenize_delay)
+        if judge is None or state.tokenize != 200:
+            return JSONResponse({"detail": "no"}, state.tokenize if state.tokenize != 200 else 404)
+        assert set(body) == {"model", "prompt", "add_special_tokens"}
+        tokens = judge.tokens(body["prompt"], add_special_tokens=body["add_special_tokens"])
+        return JSONResponse({"count": len(tokens), "max_model_len": 512, "tokens": tokens})
+
     async def control(request: Request) -> JSONResponse:
         app.state.behaviour = Behaviour(**await request.json())
         return JSONResponse({})
@@ -243,6 +268,7 @@ def application(judge: Judge | None) -> Any:
         return JSONResponse(vars(app.state.behaviour))
 
     app.add_api_route("/v1/chat/completions", complete, methods=["POST"])
+    app.add_api_route("/tokenize", tokenize, methods=["POST"])
     app.add_api_route("/control", control, methods=["POST"])
     app.add_api_route("/control", report, methods=["GET"])
     return app

@@ -29,5 +29,17 @@ class RewardError(TiltflowError):
     """A reward cannot be built, or failed where failing is not allowed."""
 
 
+class JudgeError(RewardError):
+    """A model behind an endpoint was asked to judge, and there is no answer that can be used."""
+
+
+class JudgeTimeoutError(JudgeError, TimeoutError):
+    """There was none in time."""
+
+
+class UnparsableError(JudgeError):
+    """There was one, but it does not say what was asked for."""
+
+
 class RewardOutage(RewardError):
     """Rewards failed so that an epoch was given up, on every process alike; nothing was learnt from it."""

@@ -55,24 +55,33 @@ def sent_image(body: dict[str, Any]) -> Image.Image:
     return image
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer) -> list[Any]:
-    """Let every client made from now on speak to a function, and return the list that its requests will be in."""
+def serve(monkeypatch: pytest.MonkeyPatch, answer: Answer, *, tokenize: Answer | None = None) -> list[Any]:
+    """Let every client made from now on speak to a function, and return the list that its requests will be in.
+
+    Another function answers `/tokenize`; without one the server has no such route, and requests of it are not listed.
+    """
     openai = pytest.importorskip("openai")
     httpx = pytest.importorskip("httpx2")
     requests: list[Any] = []
 
     def handle(request: Any) -> Any:
+        body = json.loads(request.content)
+        if request.url.path.endswith("/tokenize"):
+            if tokenize is None:
+                return httpx.Response(404, json={"detail": "Not Found"})
+            requests.append(request)
+            return httpx.Response(200, json=tokenize(body))
         requests.append(request)
-        reply = answer(json.loads(request.content))
+        reply = answer(body)
         status, body = reply if isinstance(reply, tuple) else (200, reply)
         if isinstance(body, str):
             return httpx.Response(status, text=body, headers={"content-type": "text/html"})
         return httpx.Response(status, text=json.dumps(body), headers={"content-type": "application/json"})
 
-    real = openai.OpenAI
+    real = openai.AsyncOpenAI
 
     def client(**settings: Any) -> Any:
-        return real(http_client=httpx.Client(transport=httpx.MockTransport(handle)), **settings)
+        return real(http_client=httpx.AsyncClient(transport=httpx.MockTransport(handle)), **settings)
 
-    monkeypatch.setattr(openai, "OpenAI", client)
+    monkeypatch.setattr(openai, "AsyncOpenAI", client)
     return requests

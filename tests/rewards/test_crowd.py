@@ -44,6 +44,18 @@ def test_a_failure_stays_alone() -> None:
     assert isinstance(done.failures[1], ZeroDivisionError)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_what_ends_a_thread_is_a_failure_too_and_the_others_are_worked_on(at_once: int) -> None:
+    def work(item: int) -> int:
+        if item == 1:
+            raise SystemExit("a library's idea")
+        return item
+
+    done = do_all(work, range(4), at_once=at_once)
+    assert done.results == [0, None, 2, 3]
+    assert {place: str(error) for place, error in done.failures.items()} == {1: "SystemExit: a library's idea"}
+
+
 def test_nothing_to_do_starts_no_thread() -> None:
     before = threading.active_count()
     assert do_all(lambda item: item, [], at_once=4).results == []

@@ -85,7 +85,7 @@ def test_an_answer_that_cannot_be_read_is_a_failure_and_never_a_score(monkeypatc
     assert table.extra_info["deqa"]["levels"][0] is None
     (failure,) = table.failures
     assert failure.samples == (0,)
-    assert failure.kind == "RewardError"
+    assert failure.kind == "unparsable"
     assert "the judge's first word is none of excellent, good, fair, poor, bad" in failure.message
     with pytest.raises(RewardError, match=r"failed on 1 samples, the first of prompt 'prompt 0'.*first word is none"):
         RewardEngine([entry("deqa", "DeQAScore", on_error="raise", options=options)]).score(batch([0.0, 1.0]))

@@ -153,7 +153,8 @@ def rate(patch: pytest.MonkeyPatch) -> None:
     def answer(body: dict[str, Any]) -> Any:
         images = sent_images(body)
         scores = {"Text Faithfulness": images[-1], "Image Faithfulness": images[0]}
-        return said("".join(f"{title}:\nScore: {1 + 3 * brightness(shown)}\n" for title, shown in scores.items()))
+        rated = "".join(f"{title}:\nScore: {1 + 3 * brightness(shown)}\n" for title, shown in scores.items())
+        return said(f"{rated}Physical and Visual Quality: N/A\nText Rendering: N/A\n")
 
     serve(patch, answer)
 

@@ -12,13 +12,21 @@ from PIL import Image
 from pydantic import SecretStr
 
 from tests.rewards.fake_judge import completion, sent_image, serve
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError, UnparsableError
 from tiltflow.rewards import build_reward
-from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, weigh_words
+from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings
+from tiltflow.rewards.labels import weigh_words
 
 SETTINGS = EndpointSettings(base_url="http://judge.test/v1", model="a-judge", max_retries=0)
 WORDS = ("good", "bad")
 IMAGE = Image.new("RGB", (4, 4))
+
+
+def ended(finish_reason: str) -> dict[str, Any]:
+    """Return an answer that ended for a reason."""
+    answer = completion({"good": -0.1})
+    answer["choices"][0]["finish_reason"] = finish_reason
+    return answer
 
 
 def first_token(settings: EndpointSettings, *content: Any, **options: Any) -> dict[str, float]:
@@ -71,6 +79,10 @@ def test_an_answer_can_be_continued(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**completion(None), "choices": []}, "answered without log-probabilities"),
         ({**completion(None), "choices": [{"index": 0}]}, "answered with a malformed chat completion"),
         (completion({"good": float("nan")}), "answered with a malformed chat completion: a log-probability is NaN"),
+        (completion({"good": float("inf")}), "answered with a malformed chat completion: a log-probability is inf"),
+        (completion({"good": 0.5}), "answered with a malformed chat completion: a log-probability is 0.5"),
+        (ended("abort"), r"broke its answer off \(finish_reason='abort'\)"),
+        (ended("content_filter"), "broke its answer off"),
     ],
 )
 def test_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, reply: Any, message: str) -> None:
@@ -152,16 +164,60 @@ def test_what_is_kept_on_disk_belongs_to_the_request_and_not_to_the_endpoint(
 def test_the_connections_close_with_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, lambda body: completion({"good": -0.1}))
     endpoint = ChatEndpoint(SETTINGS)
-    client = endpoint._client
-    assert not client.is_closed()
+    endpoint.first_token([IMAGE, "?"], dict)
+    client, thread = endpoint._line.get().client, endpoint._line.get().loop._thread
+    assert thread is not None and thread.is_alive() and not client.is_closed()
     del endpoint
-    assert client.is_closed()
+    thread.join(timeout=5)
+    assert client.is_closed() and not thread.is_alive()
+
+
+def test_a_closed_endpoint_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, lambda body: completion({"good": -0.1}))
+    endpoint = ChatEndpoint(SETTINGS)
+    endpoint.close()
+    with pytest.raises(JudgeError, match=r"the judge 'a-judge' at .* is asked no more: judge-a-judge is closed"):
+        endpoint.first_token([IMAGE, "?"], dict)
 
 
 def test_words_are_weighed_among_themselves_and_spellings_together() -> None:
     logprobs = {token: math.log(p) for token, p in {"Good": 0.3, " good": 0.2, "▁BAD\n": 0.1, "goodness": 0.4}.items()}
     assert weigh_words(logprobs, WORDS, min_mass=0.01) == pytest.approx([5 / 6, 1 / 6])
     assert weigh_words({"good": -0.1, "what": -3.0}, WORDS, min_mass=0.01) == [1.0, 0.0]
+
+
+def test_tokens_that_are_spelt_alike_count_together_and_none_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers write tokens with and without a leading space alike where the tokenizer's decoder drops that space."""
+    answer = completion({"good": math.log(0.5), "bad": math.log(0.2)})
+    (listed,) = answer["choices"][0]["logprobs"]["content"]
+    listed["top_logprobs"] += [
+        {"token": "good", "logprob": math.log(0.1), "bytes": None},
+        {"token": "bad", "logprob": math.log(0.2), "bytes": None},  # the one that was chosen, once more
+        {"token": "so", "logprob": -9999.0, "bytes": None},
+        {"token": "so", "logprob": -math.inf, "bytes": None},
+    ]
+    serve(monkeypatch, lambda body: answer)
+    found = first_token(SETTINGS, IMAGE, "?")
+    assert found == {"good": pytest.approx(math.log(0.6)), "bad": math.log(0.2), "so": -9999.0}
+    assert weigh_words(found, WORDS, min_mass=0.01) == pytest.approx([0.75, 0.25])
+
+
+def test_more_than_certain_is_no_probability() -> None:
+    with pytest.raises(JudgeError, match=r"the judge's log-probabilities are none: good, bad have probability 1\.8"):
+        weigh_words({"good": math.log(0.9), "bad": math.log(0.9)}, WORDS, min_mass=0.01)
+    assert weigh_words({"good": 1e-3, " good": math.log(0.02)}, WORDS, min_mass=0.01) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("piece", ["ex", " Exc", "▁excellen"])
+def test_a_word_that_is_split_into_tokens_is_an_error_where_it_matters(piece: str) -> None:
+    levels = ("excellent", "good", "bad")
+    told = {piece: math.log(0.8), "good": math.log(0.1), "bad": math.log(0.05)}
+    with pytest.raises(
+        UnparsableError, match=r"the judge's first token is 'ex.*' with probability 0.8, which only begin"
+    ):
+        weigh_words(told, levels, min_mass=0.01)
+    told[piece] = math.log(0.005)
+    assert weigh_words(told, levels, min_mass=0.01) == pytest.approx([0.0, 2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("logprobs", [{"I": -0.01, "Sorry": -5.0}, {"I": -0.001, "good": -9.0}, {}])

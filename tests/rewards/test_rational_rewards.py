@@ -12,7 +12,7 @@ from tests.rewards.fake_judge import said, sent_images, serve
 from tests.rewards.samples import batch, entry
 from tests.tiny import run_values
 from tiltflow.config import run_config
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError
 from tiltflow.rewards import (
     RewardEngine,
     RewardModel,
@@ -109,11 +109,17 @@ def test_a_passing_failure_is_tried_again_after_the_pause_that_the_server_asks_f
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (said("A fine picture."), "rates none of text_faithfulness, physical_quality, text_rendering"),
+        (said("A fine picture."), "unparsable: it does not mention 'Text Faithfulness'"),
+        (said(answer().replace("Text Rendering", "Letters")), "unparsable: it does not mention 'Text Rendering'"),
+        (said(answer(text=5)), "unparsable: the score of 'Text Faithfulness' is '5'; legal are 1 to 4, and N/A"),
+        (said(answer(physical=0)), "unparsable: the score of 'Physical and Visual Quality' is '0'; legal are 1 to 4"),
         (said(""), r"gave an empty answer \(finish_reason='stop'\)"),
         (said(" \n"), "gave an empty answer"),
-        (said(answer("N/A", "N/A", "N/A")), "rates none of"),
-        (said(answer("good")), "the judge's score of 'Text Faithfulness' cannot be read: 'good'"),
+        (
+            said(answer("N/A", "N/A", "N/A")),
+            "rates none of text_faithfulness, physical_quality, text_rendering: it says",
+        ),
+        (said(answer("good")), "unparsable: the score of 'Text Faithfulness' cannot be read: 'good'"),
         (said(answer()[:60], finish_reason="length"), "was cut off; raise max_tokens=2048"),
         ({**said(""), "choices": []}, "gave an empty answer"),
         ({**said(""), "choices": [{"index": 0}]}, "answered with a malformed chat completion"),
@@ -129,9 +135,27 @@ def test_what_is_no_rating_is_a_failure_and_never_a_score(
     output = t2i()(prompt=["a", "b", "c"], image=[WHITE, GREY, WHITE])
     assert values(output)[::2] == pytest.approx([1.75 / 3] * 2)
     assert torch.as_tensor(output.rewards).isnan().tolist() == [False, True, False]
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(JudgeError, match=message):
         raise output.failures[1]
     assert output.extra_info["physical_quality"] == [2.5, None, 2.5]
+
+
+def test_an_unparsable_answer_is_recorded_as_such(judge: JudgeServer) -> None:
+    judge.behave(reply=answer(text=BRIGHTNESS, physical="7 of 4"))
+    table = RewardEngine([entry("rubric", "rational_rewards_t2i", options={"api_base_url": judge.url})]).score(
+        batch([0.2, 0.7])
+    )
+    assert table.column("rubric").isnan().all()
+    (failure,) = table.failures
+    assert (failure.samples, failure.kind) == ((0, 1), "unparsable")
+    assert "the score of 'Physical and Visual Quality' is '7 of 4'; legal are 1 to 4" in failure.message
+    assert table.extra_info["rubric"]["text_faithfulness"] == [None, None]
+
+
+def test_only_the_aspects_that_count_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, lambda body: said("Physical Quality:\nScore: 4"))
+    output = t2i(aspects=["physical_quality"])(prompt=["p"], image=[WHITE])
+    assert (values(output), output.failures) == ([1.0], {})
 
 
 def test_an_edit_without_its_source_is_a_failure_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError, UnparsableError
 from tiltflow.rewards.replies import DiskReplies, Replies, Reply, request_key
 
 MIB = 2**20
@@ -34,7 +36,7 @@ def text_of(reply: Reply) -> str:
 
 
 def unreadable(reply: Reply) -> str:
-    raise RewardError(f"cannot read {reply.text}")
+    raise UnparsableError(f"cannot read {reply.text}")
 
 
 def at_once(count: int, work: Callable[[], object]) -> None:
@@ -85,7 +87,7 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept() -> None:
 
     def fail() -> Reply:
         time.sleep(0.1)
-        raise RewardError("out of reach")
+        raise JudgeError("out of reach")
 
     def ask() -> None:
         try:
@@ -95,6 +97,29 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept() -> None:
 
     at_once(4, ask)
     assert failures == ["out of reach"] * 4
+    assert replies.get("a", Judge(), text_of) == "well"
+
+
+def test_an_interrupted_thread_does_not_take_those_with_it_that_wait_for_its_reply() -> None:
+    replies, asking, errors = Replies(8), threading.Event(), list[BaseException]()
+
+    def be_interrupted() -> Reply:
+        asking.set()
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    def ask(judge: Callable[[], Reply]) -> None:
+        try:
+            replies.get("a", judge, text_of)
+        except BaseException as error:
+            errors.append(error)
+
+    first = threading.Thread(target=ask, args=(be_interrupted,))
+    first.start()
+    assert asking.wait(5)
+    at_once(2, lambda: ask(Judge()))
+    first.join()
+    assert sorted(type(error).__name__ for error in errors) == ["JudgeError", "JudgeError", "KeyboardInterrupt"]
     assert replies.get("a", Judge(), text_of) == "well"
 
 
@@ -124,7 +149,7 @@ def test_a_reply_outlives_the_process(tmp_path: Path) -> None:
     assert list(folder.rglob("*.tmp")) == []
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 2}', "\x00\xff", "cut", "another key"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', "\x00\xff", "cut", "another key"])
 def test_a_damaged_file_is_reported_asked_for_again_and_written_anew(tmp_path: Path, damage: str) -> None:
     on_disk(tmp_path).get("abc", Judge(), text_of)
     path = tmp_path / "ab" / "abc.json"
@@ -142,9 +167,94 @@ def test_a_damaged_file_is_reported_asked_for_again_and_written_anew(tmp_path: P
     assert judge.asked == 1
 
 
+def test_what_is_no_text_costs_no_reply_and_is_not_kept(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"abc.json cannot be written: .*; this reply is not kept on disk"):
+        assert on_disk(tmp_path).get("abc", Judge("half a pair: \ud800"), text_of) == "half a pair: \ud800"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_kept_reply_that_cannot_be_marked_as_used_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk(tmp_path).get("abc", Judge(), text_of)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("tiltflow.rewards.replies.os.utime", refuse)
+    assert on_disk(tmp_path).get("abc", Judge("another"), text_of) == "well"
+
+
+def test_a_limit_that_cannot_be_kept_is_reported_and_costs_no_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = on_disk(tmp_path, 100)
+    replies.get("abc", Judge("x" * 200), text_of)
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="cannot be kept below its limit"):
+        patch.setattr(Path, "unlink", refuse)
+        assert replies.get("abd", Judge("x" * 200), text_of) == "x" * 200
+    assert on_disk(tmp_path).get("abd", Judge("another"), text_of) == "x" * 200
+
+
+def test_writers_of_one_reply_never_share_a_file_in_the_making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of different machines may have one number, and threads of one number, at the same time."""
+    written: list[Path] = []
+    write = Path.write_bytes
+
+    def record(self: Path, data: bytes) -> int:
+        written.append(self)
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", record)
+    for _ in range(8):
+        DiskReplies(tmp_path, limit=MIB).put("abc", Reply(text="well"))
+    assert len(set(written)) == 8
+    assert {path.parent for path in written} == {tmp_path / "ab"}
+
+
+WRITER = """
+import sys, warnings
+from pathlib import Path
+from tiltflow.rewards.replies import DiskReplies, Replies, Reply
+
+warnings.simplefilter("error")
+folder, own = Path(sys.argv[1]), sys.argv[2]
+for turn in range(12):
+    replies = Replies(0, DiskReplies(folder, limit=200_000))
+    for number in range(20):
+        key = f"{number:04d}"
+        text = f"{key} " * 2000
+        assert replies.get(key, lambda: Reply(text=text), lambda reply: reply.text) == text
+    for number in range(10):  # more than the folder may hold
+        replies.get(f"{own}{turn:02d}{number}", lambda: Reply(text="x" * 9000), lambda reply: reply.text)
+"""
+
+
+def test_processes_write_one_folder_while_others_make_room(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), own], env=environment, stderr=subprocess.PIPE)
+        for own in ("a", "b")
+    ]
+    for writer in writers:
+        told = writer.communicate(timeout=240)[1]
+        assert writer.returncode == 0, told.decode()
+    for path in tmp_path.rglob("*.json"):
+        found = json.loads(path.read_text())
+        assert found["key"] == path.stem
+        if path.stem.startswith("00"):
+            assert found["reply"]["text"] == f"{path.stem} " * 2000
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
 def test_errors_and_unreadable_replies_are_never_written(tmp_path: Path) -> None:
     def fail() -> Reply:
-        raise RewardError("out of reach")
+        raise JudgeError("out of reach")
 
     for ask, read in ((fail, text_of), (Judge(), unreadable)):
         with pytest.raises(RewardError):
@@ -160,6 +270,13 @@ def test_a_kept_reply_that_cannot_be_read_under_new_options_is_asked_for_again(t
 
     assert on_disk(tmp_path).get("abc", Judge("new"), only_new) == "new"
     assert on_disk(tmp_path).get("abc", Judge("newer"), text_of) == "new"
+
+
+def test_a_kept_reply_that_other_code_cannot_read_is_asked_for_again(tmp_path: Path) -> None:
+    on_disk(tmp_path).get("abc", Judge("old"), text_of)
+    assert on_disk(tmp_path).get("abc", Judge("7"), lambda reply: int(reply.text)) == 7
+    with pytest.raises(ValueError, match="invalid literal"):
+        on_disk(tmp_path).get("abd", Judge("old"), lambda reply: int(reply.text))
 
 
 def test_the_folder_is_bounded_and_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -180,6 +297,17 @@ def test_the_folder_is_bounded_and_the_least_recently_used_go_first(tmp_path: Pa
     assert "0001.json" not in files
 
 
+def test_files_in_the_making_are_left_alone_until_their_process_must_be_gone(tmp_path: Path) -> None:
+    store = DiskReplies(tmp_path, limit=100)
+    (tmp_path / "00").mkdir()
+    young, old = tmp_path / "00" / ".0001.aa.tmp", tmp_path / "00" / ".0002.bb.tmp"
+    for path in (young, old):
+        path.write_bytes(b"x" * 200)
+    os.utime(old, (1, 1))
+    store.put("0003", Reply(text="well"))
+    assert (young.exists(), old.exists()) == (True, False)
+
+
 def test_files_of_other_processes_count_too(tmp_path: Path) -> None:
     first, second = on_disk(tmp_path, 32 * 1024), on_disk(tmp_path, 32 * 1024)
     judge = Judge("x" * 2000)
@@ -195,7 +323,7 @@ def test_a_disk_that_cannot_be_written_costs_no_reply(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tiltflow.rewards.replies.os.replace", full)
-    with pytest.warns(RuntimeWarning, match="abc.json cannot be written: No space left on device"):
+    with pytest.warns(RuntimeWarning, match="abc.json cannot be written: .*No space left on device; this reply"):
         assert replies.get("abc", Judge(), text_of) == "well"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

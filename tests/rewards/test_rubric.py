@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import UnparsableError
 from tiltflow.rewards.rubric import ASPECTS, EDIT_TASK, T2I_TASK, read_aspects, write_rubric
 from tiltflow.rewards.wording import check_rubric, fill
 
@@ -38,7 +38,7 @@ def section(body: str, heading: str = "1. Text Faithfulness:") -> str:
 
 
 def first(text: str) -> float | None:
-    return read_aspects(text, T2I)["text_faithfulness"]
+    return read_aspects(text, T2I[:1])["text_faithfulness"]
 
 
 def test_the_published_form() -> None:
@@ -75,15 +75,20 @@ def test_only_what_is_asked_for() -> None:
         ("> Score: 2", 2.0),
         ("Score:\n2.5", 2.5),
         ("## Score:\n\n**2.5**", 2.5),
-        ("Score: 0", 1.0),
-        ("Score: -1", 1.0),
-        ("Score: 7", 4.0),
+        ("Score: 1", 1.0),
+        ("Score: 4", 4.0),
+        ("Score: +2", 2.0),
         ("Score: 4.0/4.0", 4.0),
+        ("Score: 3 stars out of 4", 3.0),
+        ("Score: 3; better than most.", 3.0),
+        ("Score: 2.", 2.0),
         ("Score: N/A", None),
         ("Score: n/a (no text was asked for)", None),
         ("**Score:** *N/A*", None),
         ("Score: [N/A]", None),
         ("Score: NA", None),
+        ("Score: N / A", None),
+        ("Score: N/A, as the 3 signs were not asked for", None),
         ("Score: N.A.", None),
         ("Score: Not applicable", None),
         ("Score: None", None),
@@ -108,11 +113,37 @@ def test_one_score(line: str, score: float | None) -> None:
         "Score: nothing",
         "Score: None of it can be read",
         "Score: 3/4/5",
+        "Score: 1.2.3",
+        "Score: 1e3",
+        "Score: 3rd",
+        "Score: 3\u00bd",
+        "Score: 2 ~ 3",
+        "Score: 3 \u00b1 1",
+        "Score: 3 \u2192 2",
+        "Score: 3 or 4",
+        "Score: 2 and 3",
+        "Score: 3 stars out of 5",
+        "Score: 3 stars (out of 10)",
+        "Score: 3 stars out of 4.5",
+        "Score: NaN",
+        "Score: inf",
+        "Score: -",
+        "Score: null",
     ],
 )
 def test_what_is_no_score_is_an_error(line: str) -> None:
-    with pytest.raises(RewardError, match="the judge's score of 'Text Faithfulness' cannot be read: "):
+    unread = "the judge's answer is unparsable: the score of 'Text Faithfulness' cannot be read: "
+    with pytest.raises(UnparsableError, match=unread):
         first(section(line))
+
+
+@pytest.mark.parametrize("said", ["0", "0.9", "0/4", "-1", "4.5", "7", "85", "4.01 / 4"])
+def test_a_number_outside_the_scale_is_never_the_nearest_one_on_it(said: str) -> None:
+    with pytest.raises(UnparsableError) as caught:
+        first(section(f"## Justification: well\n## Score: {said}"))
+    assert str(caught.value) == (
+        f"the judge's answer is unparsable: the score of 'Text Faithfulness' is '{said}'; legal are 1 to 4, and N/A"
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +168,7 @@ def test_what_is_no_score_is_an_error(line: str) -> None:
 )
 def test_headings(heading: str) -> None:
     text = section("## Justification: ...\n## Score: 2.5", heading) + section("Score: 4", "2. Physical Quality:")
-    assert scores(text) == [2.5, 4.0, None]
+    assert scores(text, T2I[:2]) == [2.5, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +180,8 @@ def test_headings(heading: str) -> None:
         ("1. Text Faithfulness — Score: 3/4", 3.0),
         ("1. Text Faithfulness (Score: 2): fine\nScore: 3", 3.0),
         ("1. Text Faithfulness: N/A", None),
+        ("1. Text Faithfulness: **N/A** (nothing was asked for)", None),
+        ("1. Text Faithfulness: N/A at first sight\nScore: 2", 2.0),
         ("1. Text Faithfulness: 3 foxes are missing\nScore: 2", 2.0),
     ],
 )
@@ -157,7 +190,7 @@ def test_a_score_beside_its_heading(line: str, score: float | None) -> None:
 
 
 def test_a_number_in_prose_is_no_score() -> None:
-    with pytest.raises(RewardError, match="a section 'Text Faithfulness' without a score"):
+    with pytest.raises(UnparsableError, match="it has a section 'Text Faithfulness' without a score"):
         first("1. Text Faithfulness: 3 foxes are missing\n")
 
 
@@ -165,7 +198,7 @@ def test_a_number_in_prose_is_no_score() -> None:
     "title", ["Physical and Visual Quality", "Physical & Visual Quality", "Physical Quality", "physical_quality"]
 )
 def test_titles_of_physical_quality(title: str) -> None:
-    assert scores(section("Score: 3", f"2. {title}:")) == [None, 3.0, None]
+    assert scores(section("Score: 3", f"2. {title}:"), ("physical_quality",)) == [3.0]
 
 
 def test_sections_in_another_order() -> None:
@@ -177,26 +210,37 @@ def test_sections_in_another_order() -> None:
     assert read_aspects(text, T2I) == {"text_faithfulness": 2.0, "physical_quality": 3.0, "text_rendering": 1.0}
 
 
-def test_a_missing_section_is_none_and_its_neighbour_keeps_its_own_score() -> None:
-    assert scores(PUBLISHED.replace("2. Physical and Visual Quality:\n", "")) == [3.5, None, 1.5]
+@pytest.mark.parametrize("name", T2I)
+def test_an_aspect_that_is_not_mentioned_is_an_error_and_its_neighbours_keep_their_own_scores(name: str) -> None:
+    title = ASPECTS[name].title
+    without = "\n".join(line for line in PUBLISHED.splitlines() if not line.endswith(f". {title}:"))
+    others = tuple(other for other in T2I if other != name)
+    assert read_aspects(without, others) == {other: read_aspects(PUBLISHED, T2I)[other] for other in others}
+    with pytest.raises(UnparsableError, match=f"the judge's answer is unparsable: it does not mention '{title}'$"):
+        read_aspects(without, T2I)
 
 
 def test_a_section_without_a_score_is_an_error_even_when_the_next_has_one() -> None:
     text = section("## Justification: fine") + section("Score: 4", "2. Physical Quality:")
-    with pytest.raises(RewardError, match="a section 'Text Faithfulness' without a score"):
+    with pytest.raises(UnparsableError, match="it has a section 'Text Faithfulness' without a score"):
         scores(text)
 
 
 def test_an_aspect_that_was_not_asked_for_ends_the_section_before() -> None:
     text = section("## Justification: fine") + section("Score: 4", "2. Image Faithfulness:")
-    with pytest.raises(RewardError, match="a section 'Text Faithfulness' without a score"):
+    with pytest.raises(UnparsableError, match="it has a section 'Text Faithfulness' without a score"):
         scores(text)
-    assert read_aspects(section("Score: 2") + section("Score: 4", "2. Image Faithfulness:"), EDIT) == {
+    assert read_aspects(section("Score: 2") + section("Score: 4", "2. Image Faithfulness:"), EDIT[:2]) == {
         "text_faithfulness": 2.0,
         "image_faithfulness": 4.0,
-        "physical_quality": None,
-        "text_rendering": None,
     }
+
+
+@pytest.mark.parametrize("heading", ["2. Visual Appeal:", "**2. Composition (1-4):**", "### 2) Style & Mood:"])
+def test_a_score_under_another_heading_is_not_that_of_the_aspect_before(heading: str) -> None:
+    with pytest.raises(UnparsableError, match="it has a section 'Text Faithfulness' without a score: 'fine'"):
+        first(f"1. Text Faithfulness:\nfine\n{heading}\nScore: 4\n")
+    assert first(f"{heading}\nScore: 4\n1. Text Faithfulness:\n1. a fox\n2. a sign: there\nScore: 2\n") == 2.0
 
 
 @pytest.mark.parametrize(
@@ -206,7 +250,7 @@ def test_a_summary_never_counts_wherever_it_stands(summary: str) -> None:
     rating = section("Score: 2")
     assert first(f"{rating}{summary}\nScore: 4\n") == 2.0
     assert first(f"{summary}\nScore: 4\n{rating}") == 2.0
-    with pytest.raises(RewardError, match="without a score"):
+    with pytest.raises(UnparsableError, match="without a score"):
         first(f"1. Text Faithfulness:\nfine\n{summary}\nScore: 4\n")
 
 
@@ -229,19 +273,29 @@ def test_the_thinking_of_a_reasoning_model() -> None:
     assert first(text) == 3.0
 
 
+@pytest.mark.parametrize("before", ["", "I think.</think>\n", "<think>one</think>\n"])
+def test_thoughts_without_an_end_are_no_answer(before: str) -> None:
+    with pytest.raises(UnparsableError, match=r"it ends in the judge's thoughts: '1. Text Faithfulness: Score: 4'"):
+        first(f"{before}<think>\n{section('Score: 4')}")
+
+
 def test_line_ends_of_other_systems() -> None:
     assert scores(PUBLISHED.replace("\n", "\r\n")) == [3.5, 2.0, 1.5]
 
 
-@pytest.mark.parametrize("text", ["", "The picture is fine.", "Score: 3", "I cannot help with that."])
-def test_an_answer_without_sections_rates_nothing(text: str) -> None:
-    assert scores(text) == [None, None, None]
+@pytest.mark.parametrize("text", ["", "The picture is fine.", "Score: 3", "I cannot help with that.", "N/A"])
+def test_an_answer_without_sections_is_an_error(text: str) -> None:
+    with pytest.raises(UnparsableError, match="it does not mention 'Text Faithfulness'"):
+        scores(text)
 
 
 def test_long_runs_of_marks_take_no_time() -> None:
     began = time.monotonic()
     for mark in ("*", " ", "#", "- ", "_", "1. ", "1"):
-        scores(f"{mark * 20_000}\n1. Text Faithfulness{mark * 20_000}x\nScore: 3\nScore{mark * 20_000}")
+        with pytest.raises(UnparsableError):
+            scores(f"{mark * 20_000}\n1. Text Faithfulness{mark * 20_000}x\nScore: 3\nScore{mark * 20_000}")
+        with pytest.raises(UnparsableError):
+            scores(f"1. Text Faithfulness:\nScore: 3{' ' * 20_000}{mark * 20_000} out of {mark * 20_000}5")
     assert time.monotonic() - began < 2
 
 

@@ -3,20 +3,24 @@
 import asyncio
 import json
 import math
+import pickle
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tests.judge_server import JudgeServer, judge_server
 from tests.rewards.fake_judge import completion, sent_image, serve
 from tests.rewards.samples import batch, entry
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError
 from tiltflow.rewards import RewardEngine, RewardModel, RewardModelOutput, build_reward, check_reward
-from tiltflow.rewards.vllm_evaluate import DEFAULT_QUESTION
+from tiltflow.rewards.labels import spellings
+from tiltflow.rewards.vllm_evaluate import DEFAULT_QUESTION, VllmEvaluateOptions, VllmEvaluateReward
 from tiltflow.types import Prompt
 
 COLOURS = [(230, 30, 20), (20, 200, 60), (10, 20, 240), (240, 240, 240), (5, 5, 5)]
@@ -101,8 +105,9 @@ def test_yes_and_no_that_are_not_among_the_likeliest_are_a_failure(judge: JudgeS
     for image in IMAGES:
         likeliest = set(local.probabilities(image, DEFAULT_QUESTION).topk(20).indices.tolist())
         assert not likeliest & {token for ids in labels(local).values() for token in ids}
-    output = reward_of(judge.url, min_mass=0.0)(prompt=PROMPTS, image=IMAGES)
+    output = reward_of(judge.url, min_mass=0.0, label_tokens="off")(prompt=PROMPTS, image=IMAGES)
     assert rewards_of(output).isnan().all()
+    assert judge.asked()["tokenized"] == []
     assert sorted(output.failures) == [0, 1, 2, 3, 4]
     assert "the judge's first word is none of yes, no: together they have probability 0" in str(output.failures[3])
     assert output.extra_info == {"mass": [None] * 5}
@@ -113,7 +118,7 @@ def test_spellings_count_together_or_not(judge: JudgeServer, local: InProcess, c
     tokens = labels(local)
     bias = {token: 9.0 for ids in tokens.values() for token in ids}  # into the twenty likeliest
     body = {"logit_bias": {str(token): value for token, value in bias.items()}}
-    reward = reward_of(judge.url, canonicalize=canonicalize, min_mass=0.001, extra_body=body)
+    reward = reward_of(judge.url, canonicalize=canonicalize, min_mass=0.001, extra_body=body, label_tokens="off")
     output = reward(prompt=PROMPTS, image=IMAGES)
     assert output.failures == {}
     counted = slice(None) if canonicalize else slice(1)
@@ -175,6 +180,187 @@ def test_defaults() -> None:
         1024,
     )
     assert (options.api_base_url, options.api_key.get_secret_value()) == ("http://localhost:8000/v1", "EMPTY")
+    assert options.label_tokens == "auto"
+
+
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("auto", "auto"), ("on", "auto"), ("'off'", "off")])
+def test_label_tokens_in_yaml(written: str, meant: str) -> None:
+    given = yaml.safe_load(f"label_tokens: {written}")
+    assert VllmEvaluateOptions.model_validate(given).label_tokens == meant
+
+
+# --- label tokens that are found by themselves ------------------------------------------------------------------------
+
+
+def single_tokens(local: InProcess, words: tuple[str, ...]) -> list[int]:
+    """Return the tokens of those of some words that are one token each."""
+    encoded = [local.processor.tokenizer.encode(word, add_special_tokens=False) for word in words]
+    return sorted({tokens[0] for tokens in encoded if len(tokens) == 1})
+
+
+def assert_own_probabilities(output: RewardModelOutput, local: InProcess, tokens: dict[str, list[int]]) -> None:
+    assert output.failures == {}
+    for index, image in enumerate(IMAGES):
+        probabilities = local.probabilities(image, DEFAULT_QUESTION)
+        yes, no = (probabilities[tokens[label]].sum().item() for label in ("yes", "no"))
+        assert rewards_of(output)[index].item() == pytest.approx(yes / (yes + no), abs=1e-5)
+        assert output.extra_info["mass"][index] == pytest.approx(yes + no, abs=1e-5)
+
+
+@pytest.mark.parametrize("canonicalize", [True, False])
+def test_label_tokens_are_found_and_asked_for(judge: JudgeServer, local: InProcess, canonicalize: bool) -> None:
+    words = {label: spellings(label) if canonicalize else (label.capitalize(),) for label in ("yes", "no")}
+    tokens = {label: single_tokens(local, words[label]) for label in words}
+    assert all(len(each) >= (4 if canonicalize else 1) for each in tokens.values())
+    reward = reward_of(judge.url, min_mass=0.0, canonicalize=canonicalize)
+    for copy in (reward, pickle.loads(pickle.dumps(reward))):
+        judge.behave()
+        assert_own_probabilities(copy(prompt=PROMPTS, image=IMAGES), local, tokens)
+        told = judge.asked()
+        assert (told["body"]["logprob_token_ids"], told["requests"]) == ([*tokens["yes"], *tokens["no"]], 5)
+        assert told["tokenized"] == ["\ue000", *words["yes"], *words["no"]]  # once, by whichever image came first
+        copy(prompt=["p"], image=[Image.new("RGB", (9, 9))])
+        assert judge.asked()["requests"] == 6 and len(judge.asked()["tokenized"]) == len(told["tokenized"])
+
+
+# So biased, yes and no are among the twenty likeliest.
+def biased(local: InProcess) -> dict[str, Any]:
+    return {"logit_bias": {str(token): 9.0 for ids in labels(local).values() for token in ids}}
+
+
+@pytest.mark.parametrize("status", [403, 404, 405, 501])
+def test_a_server_without_tokenize_is_asked_for_the_likeliest_tokens(
+    judge: JudgeServer, local: InProcess, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    options = {"min_mass": 0.001, "extra_body": biased(local)}
+    expected = rewards_of(reward_of(judge.url, label_tokens="off", **options)(prompt=PROMPTS, image=IMAGES))
+    judge.behave(tokenize=status)
+    reward = reward_of(judge.url, **options)
+    with caplog.at_level("INFO", "tiltflow"):
+        for _ in range(2):
+            output = reward(prompt=PROMPTS, image=IMAGES)
+            assert torch.equal(rewards_of(output), expected)
+    assert "logprob_token_ids" not in judge.asked()["body"]
+    assert judge.asked()["tokenized"] == ["\ue000"]
+    (line,) = [record for record in caplog.records if record.name.startswith("tiltflow")]
+    assert line.levelname == "INFO"
+    assert line.getMessage().startswith(
+        "the probabilities of yes, no are read from the likeliest tokens, as these cannot be asked for directly: "
+        f"the judge 'tiny' at {judge.url} failed: "
+    )
+
+
+def test_a_server_that_fails_to_tokenize_is_asked_again_later(
+    judge: JudgeServer, local: InProcess, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltflow.rewards.judge.TOKENIZE_TIMEOUT", 1.0)
+    reward = reward_of(judge.url, min_mass=0.001, extra_body=biased(local), max_cache_size=0, max_concurrent=2)
+    assert isinstance(reward, VllmEvaluateReward)
+    known = reward._labels._known.get()
+    known.wait = 0.4
+    with caplog.at_level("INFO", "tiltflow"):
+        for broken in ({"tokenize": 500}, {"tokenize": 503}, {"tokenize_delay": 1.5}):
+            judge.behave(**broken)
+            output = reward(prompt=PROMPTS, image=IMAGES)
+            assert output.failures == {}
+            assert judge.asked()["tokenized"] == ["\ue000"]
+            assert "logprob_token_ids" not in judge.asked()["body"]
+            known.again, known.wait = 0.0, 5.0
+    assert len([record for record in caplog.records if record.name.startswith("tiltflow")]) == 1
+    judge.behave()
+    reward(prompt=["p"], image=IMAGES[:1])
+    assert "logprob_token_ids" in judge.asked()["body"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("refused", "failed: BadRequestError: .*logprob_token_ids: extra inputs are not permitted"),
+        ("ignored", r"the judge did not tell the log-probability of token \d+ but those of \['"),
+        ("written", r"the judge did not tell the log-probability of token \d+ but those of \['token_id:"),
+    ],
+)
+def test_a_server_that_does_not_know_label_tokens_is_asked_without_from_then_on(
+    judge: JudgeServer, local: InProcess, caplog: pytest.LogCaptureFixture, how: str, message: str
+) -> None:
+    options = {"min_mass": 0.001, "extra_body": biased(local), "max_concurrent": 1}
+    expected = rewards_of(reward_of(judge.url, label_tokens="off", **options)(prompt=PROMPTS, image=IMAGES))
+    judge.behave(label_tokens=how)
+    reward = reward_of(judge.url, **options)
+    with caplog.at_level("INFO", "tiltflow"):
+        output = reward(prompt=PROMPTS, image=IMAGES)
+    assert output.failures == {}
+    assert torch.equal(rewards_of(output), expected)
+    assert judge.asked()["requests"] == 6  # the first one twice
+    assert "logprob_token_ids" not in judge.asked()["body"]
+    (line,) = [record for record in caplog.records if record.name.startswith("tiltflow")]
+    assert re.search(message, line.getMessage())
+    given = reward_of(judge.url, **asking_for(labels(local)))(
+        prompt=["p"], image=IMAGES[:1]
+    )  # by the user: no other way
+    assert isinstance(given.failures[0], JudgeError) and re.search(message, str(given.failures[0]))
+
+
+def test_many_threads_find_label_tokens_once_and_give_them_up_once(judge: JudgeServer, local: InProcess) -> None:
+    judge.behave(label_tokens="refused", delay=0.05, tokenize_delay=0.01)
+    reward = reward_of(judge.url, min_mass=0.001, extra_body=biased(local))
+    outputs: list[RewardModelOutput] = []
+    threads = [threading.Thread(target=lambda: outputs.append(reward(prompt=PROMPTS, image=IMAGES))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(outputs) == 6
+    assert all(output.failures == {} and torch.equal(rewards_of(output), rewards_of(outputs[0])) for output in outputs)
+    assert len(judge.asked()["tokenized"]) == 13
+
+
+TOKENIZERS: dict[str, tuple[dict[str, list[int]], dict[str, tuple[int, ...]] | None]] = {
+    # one token each, and one of several
+    "plain": (
+        {"Yes": [1], " Yes": [2], "yes": [3], "No": [4], " No": [5], "no": [6], " NO": [7, 8]},
+        {"yes": (1, 2, 3), "no": (4, 5, 6)},
+    ),
+    "without case": (
+        {each: [1] for each in spellings("yes")} | {each: [2] for each in spellings("no")},
+        {"yes": (1,), "no": (2,)},
+    ),
+    "words of two tokens": ({"yes": [1]} | {each: [2, 3] for each in spellings("no")}, None),
+    "unknown words": ({"Yes": [1], "No": [2], "YES": [0], "no": [0]}, {"yes": (1,), "no": (2,)}),
+    "one token for both": ({"Yes": [1], "YES": [5], "No": [2], "NO": [5]}, {"yes": (1,), "no": (2,)}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    words, expected = TOKENIZERS[name]
+    unknown = [0] if name == "unknown words" else [90, 91, 92]
+    requests = serve(
+        monkeypatch,
+        lambda body: (
+            completion({f"token_id:{each}": -2.0 for each in body["logprob_token_ids"]})
+            if expected
+            else completion({"Yes": -1.0, "No": -1.0})
+        ),
+        tokenize=lambda body: {"tokens": words.get(body["prompt"], unknown)},
+    )
+    output = reward_of("http://judge.test:8000/some/v1")(prompt=["p"], image=IMAGES[:1])
+    assert output.failures == {}
+    assert str(requests[0].url) == "http://judge.test:8000/some/tokenize"
+    assert requests[0].headers["authorization"] == "Bearer EMPTY"
+    assert json.loads(requests[0].content) == {"model": "tiny", "prompt": "\ue000", "add_special_tokens": False}
+    asked = json.loads(requests[-1].content)
+    assert asked.get("logprob_token_ids") == (None if expected is None else [*expected["yes"], *expected["no"]])
+
+
+@pytest.mark.parametrize(
+    "told", [{"ids": [1]}, {"tokens": "Yes"}, {"tokens": [1.5]}, {"tokens": [-1]}, [1], "ok", None]
+)
+def test_what_is_no_list_of_tokens_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    requests = serve(monkeypatch, lambda body: completion({"Yes": -0.1, "No": -2.4}), tokenize=lambda body: told)
+    output = reward_of("http://judge.test/v1")(prompt=["p"] * 2, image=IMAGES[:2])
+    assert output.failures == {}
+    assert [request.url.path for request in requests] == ["/tokenize"] + ["/v1/chat/completions"] * 2
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -213,7 +399,7 @@ def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: Judge
     table = RewardEngine([entry("yes", "vllm_evaluate", options=options)]).score(batch([0.9, 0.05, 0.5, 0.1]))
     assert table.column("yes").isnan().tolist() == [False, True, False, True]
     (failure,) = table.failures
-    assert (failure.samples, failure.kind) == ((1, 3), "RewardError")
+    assert (failure.samples, failure.kind) == ((1, 3), "JudgeError")
     assert "InternalServerError" in failure.message and "it was told to refuse" in failure.message
     assert [cell is None for cell in table.extra_info["yes"]["mass"]] == [False, True, False, True]
 
@@ -224,7 +410,8 @@ def test_a_server_that_hangs_is_given_up_request_by_request(judge: JudgeServer, 
     engine = RewardEngine([entry("yes", "vllm_evaluate", timeout=0.2, options=options)])
     (failure,) = engine.score(batch([0.2, 0.7])).failures
     assert failure.samples == (0, 1)
-    assert "failed: APITimeoutError: Request timed out." in failure.message
+    assert failure.kind == "timeout"
+    assert failure.message == f"the judge 'tiny' at {judge.url} gave no answer within 0.2 s"
 
 
 def test_a_server_that_dies_is_a_failure_and_the_next_call_succeeds_when_it_is_back() -> None:
@@ -329,6 +516,7 @@ def test_equal_images_in_flight_are_asked_once(judge: JudgeServer, local: InProc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"label_tokens": "on"}, "label_tokens: Input should be 'auto' or 'off'"),
         ({"question": "Is it {promt}?"}, r"question: .*\{promt\} stands for nothing; legal is \{prompt\}"),
         ({"question": "Is it {prompt!r}?"}, r"\{prompt!r\} stands for nothing"),
         ({"question": "Is it {prompt:>9}?"}, r"\{prompt:>9\} stands for nothing"),

@@ -38,6 +38,7 @@ def do_all(work: Callable[[S], T], items: Sequence[S], *, at_once: int) -> Done[
     stopped = threading.Event()
 
     def run() -> None:
+        failure: Exception
         while not stopped.is_set():
             with lock:
                 place = next(places, None)
@@ -46,8 +47,15 @@ def do_all(work: Callable[[S], T], items: Sequence[S], *, at_once: int) -> Done[
             try:
                 done.results[place] = work(items[place])
             except Exception as error:  # a failure is a value: it is kept for the item it belongs to
-                with lock:
-                    done.failures[place] = error
+                failure = error
+            except (
+                BaseException
+            ) as error:  # such as a library's sys.exit: it would end the thread, and nobody would know
+                failure = RuntimeError(f"{type(error).__name__}: {error}")
+            else:
+                continue
+            with lock:
+                done.failures[place] = failure
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(min(at_once, len(items)))]
     try:

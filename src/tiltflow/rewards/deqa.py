@@ -11,7 +11,8 @@ from pydantic import Field
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.crowd import do_all
-from tiltflow.rewards.judge import ChatEndpoint, EndpointOptions, EndpointSettings, Url, weigh_words
+from tiltflow.rewards.judge import ChatEndpoint, EndpointOptions, EndpointSettings, Url
+from tiltflow.rewards.labels import weigh_words
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.deqa import (
     ANSWER,
@@ -133,7 +134,7 @@ class _RemoteJudge:
         """Return the probabilities of the five words.
 
         Raises:
-            RewardError: The model cannot be asked, or answers something else.
+            JudgeError: The model cannot be asked, or answers something else.
         """
         red, green, blue = (int(255 * value) for value in CLIP_MEAN)
         square = pad_to_square(image.convert("RGB"), (red, green, blue))

@@ -3,20 +3,22 @@
 import base64
 import importlib
 import io
+import json
 import math
 import os
-import threading
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 from PIL import Image
 from pydantic import AfterValidator, Field, JsonValue, SecretStr
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError, UnparsableError
+from tiltflow.rewards.loops import LoopClosedError, LoopThread, PerProcess
 from tiltflow.rewards.replies import DiskReplies, Replies, Reply, request_key
 from tiltflow.rewards.secrets import Secret
+from tiltflow.rewards.tries import PASSING, Tries
 from tiltflow.types import Config
 
 T = TypeVar("T")
@@ -24,9 +26,12 @@ Content = Sequence[Image.Image | str]  # one turn of a conversation
 
 TOP_LOGPROBS: Final = 20  # the most that most endpoints give
 NO_KEY: Final = "EMPTY"  # sent to servers that ask for none; the client refuses an empty one
-CONNECT_TIMEOUT: Final = 5.0  # seconds: a server that is there accepts at once
 NEVER: Final = -9999.0  # how servers write a log-probability of minus infinity, which JSON cannot
 TOKEN_ID: Final = "token_id:"  # how servers write a token whose id was asked for
+BROKEN_OFF: Final = ("content_filter", "abort", "error")  # reasons to finish an answer that is none
+LABEL_FIELDS: Final = ("logprob_token_ids", "return_tokens_as_token_ids")
+TOKENIZE_TIMEOUT: Final = 5.0  # seconds
+ROUNDING: Final = 1e-3  # by which a log-probability may be above zero
 
 
 def _check_url(text: str) -> str:
@@ -38,13 +43,17 @@ def _check_url(text: str) -> str:
 Url = Annotated[str, AfterValidator(_check_url)]
 
 
+class NotOfferedError(JudgeError):
+    """The server of a judge does not know a request that not all servers know."""
+
+
 class EndpointOptions(Config):
     """How to ask a model behind an endpoint: the options of every reward that does."""
 
     api_key: Secret = Field(default=SecretStr(NO_KEY), min_length=1)  # saved configs show stars in its place
     api_key_env: str | None = None  # the environment variable that holds the key
     max_concurrent: int = Field(default=8, ge=1, le=1000)  # requests at once, of all threads together
-    max_retries: int = Field(default=3, ge=0)  # after the first try, with growing pauses
+    max_retries: int = Field(default=3, ge=0)  # after the first try, with growing pauses, while there is time
     max_cache_size: int = Field(default=1024, ge=0)  # replies that are remembered; 0: none
     cache_dir: str | None = None  # where replies outlive the process; None: nowhere
     cache_limit_mib: float = Field(default=1024.0, gt=0)  # of the files in cache_dir
@@ -63,7 +72,7 @@ class EndpointSettings(EndpointOptions):
 
     base_url: Url  # such as http://localhost:8000/v1
     model: str  # its name there
-    timeout: float = Field(default=60.0, gt=0)  # seconds per request
+    timeout: float = Field(default=60.0, gt=0)  # seconds per request, with all its tries and pauses
 
     @classmethod
     def of(cls, options: EndpointOptions, *, base_url: str, model: str, timeout: float) -> "EndpointSettings":
@@ -75,10 +84,9 @@ class EndpointSettings(EndpointOptions):
 class ChatEndpoint:
     """A vision-language model behind an OpenAI-compatible endpoint.
 
-    Any number of threads may ask; together they have `max_concurrent` requests on the way over one pool of connections.
-    Failing requests are tried again by the client of the openai package and by nothing else: connection errors,
-    timeouts and the status codes 408, 409, 429 and 5xx, after min(0.5 * 2^n, 8) seconds less up to a quarter by chance,
-    or after what `Retry-After` says if that is at most two minutes (if it is more, there is no further try).
+    Any number of threads may ask, also from within a running event loop; together they have `max_concurrent` requests
+    on the way over one pool of connections. What fails in passing is tried again (`Tries`), and a request is over
+    `timeout` seconds after its turn has come, whatever the server does.
     """
 
     def __init__(self, settings: EndpointSettings):
@@ -89,14 +97,12 @@ class ChatEndpoint:
         """
         self.settings = settings
         self._openai = _openai(settings)
-        self._client = _client(self._openai, settings)
-        self.close = weakref.finalize(self, self._client.close)  # also when the endpoint is no longer needed
-        self._slots = threading.BoundedSemaphore(settings.max_concurrent)
-        disk = None
-        if settings.cache_dir is not None:
-            disk = DiskReplies(Path(settings.cache_dir).expanduser(), limit=settings.cache_limit_mib * 2**20)
-        self._replies = Replies(settings.max_cache_size, disk)
         self._name = f"the judge {settings.model!r} at {settings.base_url}"
+        self._line = PerProcess(partial(_Line, self._openai, self._name, settings))
+
+    def close(self) -> None:
+        """Close all connections, for good; they also close when nobody has the endpoint any longer."""
+        self._line.get().loop.close()
 
     def __reduce__(self) -> tuple[type["ChatEndpoint"], tuple[EndpointSettings]]:
         """Pickle as the settings: connections stay where they are, and a key from the environment is not written."""
@@ -115,7 +121,7 @@ class ChatEndpoint:
 
         Args:
             content: Images, sent as PNG so that nothing is lost, and text, in the order in which the model reads them.
-            read: Called with the likeliest first tokens and their log-probabilities; raises RewardError if it can do
+            read: Called with the likeliest first tokens and their log-probabilities; raises JudgeError if it can do
                 nothing with them. What it cannot read is not remembered.
             answer: The beginning of the answer, to be continued. vLLM and SGLang can do that; other servers reject the
                 request or begin anew.
@@ -124,7 +130,8 @@ class ChatEndpoint:
                 vLLM can tell them (`logprob_token_ids`); other servers reject the request or tell the likeliest.
 
         Raises:
-            RewardError: The endpoint cannot be reached or refuses, its answer has no log-probabilities, or `read`
+            NotOfferedError: The server refuses to tell the tokens that were asked for.
+            JudgeError: The endpoint cannot be reached or refuses, its answer has no log-probabilities, or `read`
                 raised.
         """
         messages = [_turn("user", content)]
@@ -133,7 +140,7 @@ class ChatEndpoint:
             messages.append({"role": "assistant", "content": answer})
             extra |= {"add_generation_prompt": False, "continue_final_message": True}
         if token_ids:
-            extra |= {"logprob_token_ids": list(token_ids), "return_tokens_as_token_ids": True}
+            extra |= dict(zip(LABEL_FIELDS, (list(token_ids), True), strict=True))
         sampling = {"temperature": 0.0, "max_completion_tokens": 1, "logprobs": True, "top_logprobs": top_logprobs}
         return self._ask(messages, sampling, extra, lambda reply: read(self._first_tokens(reply)))
 
@@ -145,16 +152,42 @@ class ChatEndpoint:
         Args:
             system: The turn before the question.
             content: As `first_token`.
-            read: Called with a whole answer; raises RewardError if it can do nothing with it.
+            read: Called with a whole answer; raises JudgeError if it can do nothing with it.
             temperature: Of sampling; 0 takes the likeliest token each time.
             max_tokens: After so many the answer is cut off, and an error.
 
         Raises:
-            RewardError: The endpoint cannot be reached or refuses, its answer is empty or cut off, or `read` raised.
+            JudgeError: The endpoint cannot be reached or refuses, its answer is empty or cut off, or `read` raised.
         """
         messages = [{"role": "system", "content": system}, _turn("user", content)]
         sampling = {"temperature": temperature, "max_completion_tokens": max_tokens}
         return self._ask(messages, sampling, {}, lambda reply: read(self._whole_text(reply, max_tokens)))
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text as the judge's own tokenizer has them: `POST /tokenize` of vLLM.
+
+        Raises:
+            NotOfferedError: The server has no such route, or another one by this name.
+            JudgeError: It does not answer, within a few seconds and at the first try.
+        """
+        line = self._line.get()
+        url = f"{self.settings.base_url.rstrip('/').removesuffix('/v1')}/tokenize"  # beside /v1, not below it
+        body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
+
+        def post(limits: Any) -> Awaitable[Any]:
+            return line.client.post(url, cast_to=object, body=body, options={"timeout": limits})
+
+        try:
+            told = self._run(line, lambda: line.tries.send(post, seconds=TOKENIZE_TIMEOUT, retries=0))
+        except JudgeError as error:
+            status = self._status(error)
+            if status == 501 or (status is not None and status < 500 and status not in PASSING):
+                raise NotOfferedError(str(error)) from error
+            raise
+        ids = told.get("tokens") if isinstance(told, dict) else None
+        if not isinstance(ids, list) or not all(isinstance(each, int) and each >= 0 for each in ids):
+            raise NotOfferedError(f"{self._name} answered /tokenize with something else than tokens")
+        return ids
 
     def _ask(
         self, messages: Sequence[Any], sampling: Mapping[str, Any], extra: Mapping[str, Any], read: Callable[[Reply], T]
@@ -162,34 +195,83 @@ class ChatEndpoint:
         request = {"model": self.settings.model, "messages": messages, **sampling}
         extra = {**extra, **self.settings.extra_body}
         key = request_key({**request, "extra_body": extra})
-        return self._replies.get(key, lambda: self._send(request, extra), read)
+        line = self._line.get()
+        return line.replies.get(key, lambda: self._send(line, request, extra), read)
 
-    def _send(self, request: Mapping[str, Any], extra: Mapping[str, Any]) -> Reply:
+    def _send(self, line: "_Line", request: Mapping[str, Any], extra: Mapping[str, Any]) -> Reply:
+        def create(limits: Any) -> Awaitable[Any]:
+            return line.client.chat.completions.create(**request, extra_body=extra or None, timeout=limits)
+
         try:
-            with self._slots:
-                response = self._client.chat.completions.create(**request, extra_body=extra or None)
-        except self._openai.OpenAIError as error:
-            raise RewardError(f"{self._name} failed: {_causes(error)}") from error
+            response = self._run(line, lambda: line.tries.send(create))
+        except JudgeError as error:
+            if self._refuses_labels(error, extra):
+                raise NotOfferedError(str(error)) from error
+            raise
         if not isinstance(response, self._openai.types.chat.ChatCompletion):
-            raise RewardError(f"{self._name} answered with no chat completion; base_url usually ends with /v1")
+            raise JudgeError(f"{self._name} answered with no chat completion; base_url usually ends with /v1")
         try:
             return _reply(response)
         except (AttributeError, TypeError, ValueError) as error:  # the client believes servers without checking
-            raise RewardError(f"{self._name} answered with a malformed chat completion: {error}") from error
+            raise JudgeError(f"{self._name} answered with a malformed chat completion: {error}") from error
+
+    def _run(self, line: "_Line", work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        try:
+            return line.loop.run(work)
+        except LoopClosedError as error:
+            raise JudgeError(f"{self._name} is asked no more: {error}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # a body that says it is JSON and is none
+            raise JudgeError(f"{self._name} answered with no JSON: {error}") from error
+
+    def _refuses_labels(self, error: JudgeError, extra: Mapping[str, Any]) -> bool:
+        """Tell whether a request was refused because of the tokens that it asks for, as far as the server says."""
+        return self._status(error) in (400, 422) and any(
+            field in extra and field in str(error.__cause__) for field in LABEL_FIELDS
+        )
+
+    def _status(self, error: JudgeError) -> int | None:
+        """Return the HTTP status behind an error, if that is what is behind it."""
+        cause: Any = error.__cause__
+        return cause.status_code if isinstance(cause, self._openai.APIStatusError) else None
 
     def _first_tokens(self, reply: Reply) -> Mapping[str, float]:
+        self._check_end(reply)
         if not reply.first_tokens:
-            raise RewardError(
+            raise JudgeError(
                 f"{self._name} answered without log-probabilities; use a server and a model that give top_logprobs"
             )
         return reply.first_tokens
 
+    def _check_end(self, reply: Reply) -> None:
+        if reply.finish_reason in BROKEN_OFF:
+            raise UnparsableError(f"{self._name} broke its answer off (finish_reason={reply.finish_reason!r})")
+
     def _whole_text(self, reply: Reply, max_tokens: int) -> str:
+        self._check_end(reply)
         if not reply.text.strip():
-            raise RewardError(f"{self._name} gave an empty answer (finish_reason={reply.finish_reason!r})")
+            raise UnparsableError(f"{self._name} gave an empty answer (finish_reason={reply.finish_reason!r})")
         if reply.finish_reason == "length":
-            raise RewardError(f"{self._name} gave an answer that was cut off; raise max_tokens={max_tokens}")
+            raise UnparsableError(f"{self._name} gave an answer that was cut off; raise max_tokens={max_tokens}")
         return reply.text
+
+
+class _Line:
+    """What one process needs to ask: connections, the loop that they live in, and what was answered."""
+
+    def __init__(self, openai: Any, name: str, settings: EndpointSettings):
+        self.client = _client(openai, settings)
+        self.loop = LoopThread(f"judge-{settings.model}", at_end=self.client.close)
+        self.tries = Tries(
+            openai,
+            name,
+            seconds=settings.timeout,
+            retries=settings.max_retries,
+            at_once=settings.max_concurrent,
+        )
+        disk = None
+        if settings.cache_dir is not None:
+            disk = DiskReplies(Path(settings.cache_dir).expanduser(), limit=settings.cache_limit_mib * 2**20)
+        self.replies = Replies(settings.max_cache_size, disk)
 
 
 def _openai(settings: EndpointSettings) -> Any:
@@ -209,8 +291,7 @@ def _client(openai: Any, settings: EndpointSettings) -> Any:
         key = os.environ.get(settings.api_key_env, "")
     if not key:
         raise RewardError(f"api_key_env={settings.api_key_env!r}: this environment variable is not set or empty")
-    timeout = openai.Timeout(settings.timeout, connect=min(settings.timeout, CONNECT_TIMEOUT))
-    return openai.OpenAI(base_url=settings.base_url, api_key=key, timeout=timeout, max_retries=settings.max_retries)
+    return openai.AsyncOpenAI(base_url=settings.base_url, api_key=key, max_retries=0)  # `Tries` knows the deadline
 
 
 def _reply(response: Any) -> Reply:
@@ -219,7 +300,7 @@ def _reply(response: Any) -> Reply:
     choice = response.choices[0]
     first = None
     if choice.logprobs is not None and choice.logprobs.content:
-        first = {entry.token: _finite(entry.logprob) for entry in choice.logprobs.content[0].top_logprobs or ()}
+        first = _by_spelling(choice.logprobs.content[0].top_logprobs or ())
     return Reply(text=choice.message.content or "", finish_reason=choice.finish_reason, first_tokens=first)
 
 
@@ -236,61 +317,24 @@ def _part(part: Image.Image | str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def _finite(logprob: float) -> float:
-    if math.isnan(logprob):
-        raise ValueError("a log-probability is NaN")
+def _by_spelling(entries: Sequence[Any]) -> dict[str, float]:
+    """Return spelling -> log-probability.
+
+    Tokens may be spelt alike, such as those with and without a leading space where that is lost in writing: their
+    probabilities add up. A token that is listed twice counts once.
+    """
+    found: dict[str, set[float]] = {}
+    for entry in entries:
+        found.setdefault(entry.token, set()).add(_checked(entry.logprob))
+    return {token: next(iter(each)) if len(each) == 1 else _sum(each) for token, each in found.items()}
+
+
+def _sum(logprobs: Iterable[float]) -> float:
+    total = sum(math.exp(logprob) for logprob in logprobs)
+    return math.log(total) if total > 0 else NEVER
+
+
+def _checked(logprob: float) -> float:
+    if not logprob <= ROUNDING:  # NaN is not, either
+        raise ValueError(f"a log-probability is {'NaN' if math.isnan(logprob) else logprob}")
     return max(logprob, NEVER)
-
-
-def _causes(error: BaseException) -> str:
-    """Return an error with what is behind it: the client says only "Connection error."."""
-    cause = error.__cause__
-    behind = f" ({type(cause).__name__}: {cause})" if cause is not None else ""
-    return f"{type(error).__name__}: {error}{behind}"
-
-
-def word_masses(logprobs: Mapping[str, float], words: Sequence[str]) -> dict[str, float]:
-    """Return the probability of each word among all first tokens; its spellings (" Good", "good") count together.
-
-    A word that is not among the tokens given is less probable than all that are, and counts as zero.
-
-    Args:
-        logprobs: Token -> log-probability.
-        words: In lower case.
-    """
-    masses = dict.fromkeys(words, 0.0)
-    for token, logprob in logprobs.items():
-        word = token.strip(" \t\n▁Ġ").lower()  # the last two: how some servers spell a token's leading space
-        if word in masses:
-            masses[word] += math.exp(logprob)
-    return masses
-
-
-def shares(masses: Mapping[str, float], logprobs: Mapping[str, float], *, min_mass: float) -> list[float]:
-    """Return the probability of each word among these words, from their probabilities among all.
-
-    Args:
-        masses: Word -> probability.
-        logprobs: First tokens -> log-probability, for the message.
-        min_mass: How probable the words must be together for the answer to be one of them.
-
-    Raises:
-        RewardError: They are less probable than that: the judge is saying something else.
-    """
-    total = sum(masses.values())
-    if total <= 0 or total < min_mass:
-        likely = sorted(logprobs, key=lambda token: -logprobs[token])[:3]
-        raise RewardError(
-            f"the judge's first word is none of {', '.join(masses)}: together they have probability {total:.2g}, less "
-            f"than {min_mass:g}; the likeliest are {likely}"
-        )
-    return [mass / total for mass in masses.values()]
-
-
-def weigh_words(logprobs: Mapping[str, float], words: Sequence[str], *, min_mass: float) -> list[float]:
-    """Return the probability of each word among these words, from the log-probabilities of first tokens.
-
-    Raises:
-        RewardError: As `shares`.
-    """
-    return shares(word_masses(logprobs, words), logprobs, min_mass=min_mass)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import RewardError, UnparsableError
 from tiltflow.rewards.base import GroupwiseRewardModel, RewardArguments, RewardModel, RewardModelOutput
 from tiltflow.rewards.lanes import Call, Inline, Lanes, Runner
 from tiltflow.rewards.media import Media
@@ -230,4 +230,6 @@ def _kind(error: Exception) -> str:
     """Return what a failure is called in the table."""
     if isinstance(error, WrongLength):
         return "length"
+    if isinstance(error, UnparsableError):
+        return "unparsable"
     return "timeout" if isinstance(error, TimeoutError) else type(error).__name__

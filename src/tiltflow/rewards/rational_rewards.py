@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
 from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, JudgeOptions
@@ -117,11 +117,11 @@ class RationalReward(PointwiseRewardModel):
             scores: Aspect -> rating in [1, 4], or None where it does not apply; those of the option `aspects` only.
 
         Raises:
-            RewardError: There is no rating at all.
+            JudgeError: There is no rating at all.
         """
         rated = [score for score in scores.values() if score is not None]
         if not rated:
-            raise RewardError(f"the judge's answer rates none of {', '.join(scores)}")
+            raise JudgeError(f"the judge's answer rates none of {', '.join(scores)}: it says N/A of each")
         return (sum(rated) / len(rated) - LOWEST) / (HIGHEST - LOWEST)
 
     def __call__(

@@ -1,9 +1,12 @@
 """What judges replied, kept so that the same question is asked once: in memory, in flight and, if wanted, on disk."""
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,13 +16,14 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, RewardError
 from tiltflow.types import Config
 
 T = TypeVar("T")
 
-FORMAT: Final = 1  # of the files; another format is another key, so that old files are never misread
+FORMAT: Final = 2  # of the files; another format is another key, so that old files are never misread
 KEPT_AFTER_PRUNING: Final = 0.9  # of the limit
+ABANDONED: Final = 600.0  # seconds after which a file in the making is one that a killed process left
 COUNT_AGAIN: Final = 1 / 16  # of the limit: after so many bytes written, other processes' files are counted too
 
 
@@ -37,7 +41,7 @@ class Reply(Config):
 class _Entry(Config):
     """One file of the cache on disk."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     key: str
     reply: Reply
 
@@ -78,10 +82,10 @@ class Replies:
         Args:
             key: Of the request (`request_key`).
             ask: Sends it.
-            read: Makes something of a reply, or raises RewardError.
+            read: Makes something of a reply, or raises JudgeError.
 
         Raises:
-            RewardError: As `read`, of a new reply.
+            JudgeError: As `read`, of a new reply.
             Exception: As `ask`.
         """
         with self._lock:
@@ -102,7 +106,9 @@ class Replies:
         except BaseException as error:
             with self._lock:
                 del self._flights[key]
-            flight.set_exception(error)
+            # Those who wait are not to end as a thread does that is interrupted.
+            passed_on = error if isinstance(error, Exception) else JudgeError("the thread that asked was interrupted")
+            flight.set_exception(passed_on)
             raise
         with self._lock:
             del self._flights[key]
@@ -115,8 +121,8 @@ class Replies:
         if kept is not None:
             try:
                 return kept, read(kept)
-            except RewardError:
-                pass  # it was readable under other options; a new reply may be readable under these
+            except Exception:  # whatever a subclass makes of it: it was readable under other options or other code,
+                pass  # and a new reply may be readable now; if it is not, that is raised
         reply = ask()
         answer = read(reply)
         if self._disk is not None:
@@ -161,7 +167,6 @@ class DiskReplies:
         path = self._path(key)
         try:
             entry = _Entry.model_validate_json(path.read_bytes())
-            os.utime(path)  # used just now: the last to be removed
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
@@ -170,21 +175,31 @@ class DiskReplies:
         if entry.key != key:
             self._warn(f"{path} holds the reply to another request and is ignored; the judge is asked again")
             return None
+        with contextlib.suppress(
+            OSError
+        ):  # another process removed it, or it is another user's: it was read all the same
+            os.utime(path)  # used just now: the last to be removed
         return entry.reply
 
     def put(self, key: str, reply: Reply) -> None:
         """Write a reply, whole or not at all; if the system refuses, that is reported and the reply is not kept."""
         path = self._path(key)
-        data = _Entry(key=key, reply=reply).model_dump_json().encode()
-        temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
+        # A name that no other process has, on whichever machine: the folder may be shared by several.
+        temporary = path.with_name(f".{key}.{secrets.token_hex(8)}.tmp")
         try:
+            data = _Entry(key=key, reply=reply).model_dump_json().encode()
             path.parent.mkdir(exist_ok=True)
             temporary.write_bytes(data)
             os.replace(temporary, path)  # no sync: a file that a power cut leaves empty is ignored by `get`
+        except (OSError, ValueError) as error:  # ValueError: text that is no Unicode, such as half a surrogate pair
+            with contextlib.suppress(OSError):  # what is left is removed with the oldest files
+                temporary.unlink(missing_ok=True)
+            self._warn(f"{path} cannot be written: {error}; this reply is not kept on disk")
+            return
+        try:
             self._make_room(len(data))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            self._warn(f"{path} cannot be written: {error.strerror}; replies are not kept on disk until that works")
+            self._warn(f"cache_dir={str(self._folder)!r} cannot be kept below its limit: {error}")
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"
@@ -204,6 +219,8 @@ class DiskReplies:
                 found = path.stat()
             except FileNotFoundError:  # another process was faster
                 continue
+            if path.suffix == ".tmp" and time.time() - found.st_mtime < ABANDONED:
+                continue  # another process is writing it just now
             files.append((found.st_mtime, found.st_size, path))
         total = sum(size for _, size, _ in files)
         if total <= self._limit:

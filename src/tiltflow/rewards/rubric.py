@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import UnparsableError
 
 LOWEST: Final = 1.0
 HIGHEST: Final = 4.0
+SHOWN: Final = 60  # characters of an answer in a message
+LONGEST_HEADING: Final = 80  # characters; a longer line that ends in a colon is prose
 
 
 @dataclass(frozen=True)
@@ -127,45 +129,73 @@ _NAMES = "|".join(f"(?P<{name}>{aspect.pattern})" for name, aspect in ASPECTS.it
 _HEADING = re.compile(
     rf"{_MARKS}{_NUMBER}(?:{_NAMES}|(?P<summary>{_SUMMARY})){_ASIDE}(?P<rest>$|[:{_DASH}].*)", re.IGNORECASE
 )
+# Of something else: what follows does not belong to the aspect before.
+_OTHER = re.compile(rf"[\s>#*_`•-]{{0,20}}\d+\s*[.)][^:]{{1,{LONGEST_HEADING}}}:[\s*_`]*$")
 _SCORE = re.compile(rf"{_MARKS}(?:score|rating){_ASIDE}[:={_DASH}](?P<value>.*)$", re.IGNORECASE)
 _NOT_APPLICABLE = re.compile(r"n\s*/\s*a\b|n\.?\s?a\.?(?=\W|$)|not applicable|none\W*$", re.IGNORECASE)
 _VALUE = re.compile(r"(?P<score>[+-]?\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*(?P<best>\d+(?:[.,]\d+)?))?(?P<after>.*)$")
-# A range, a percentage, or a fraction of a fraction.
-_NO_SCORE_AFTER = re.compile(rf"\s*(?:[{_DASH}]\s*\d|to\s+\d|[%/\d])", re.IGNORECASE)
+_NO_SCORE_AFTER = re.compile(
+    r"[.,]?\d|[^\W\d_]|[\u00bc-\u00be]"  # more of the number, or letters that hang on to it: "1.2.3", "1e3", "3rd"
+    rf"|\s*(?:[~\u00b1\u2192{_DASH}]\s*\d|(?:to|or|and)\s+\d)"  # a range, or a choice
+    r"|\s*[%/\d]"  # a percentage, a fraction of a fraction
+    r"|.*?\bout of\s+(?!4(?![.,]?\d))\d",  # another scale further on: "3 stars out of 5"
+    re.IGNORECASE,
+)
+_THOUGHTS = ("<think>", "</think>")
 
 
 @dataclass
 class _Section:
     """What stands under one heading."""
 
-    name: str  # of an aspect, or "summary"
+    name: str  # of an aspect, "summary", or "other"
     numbered: bool
     rest: str  # of the heading's own line
     lines: list[str] = field(default_factory=list[str])
 
 
 def read_aspects(answer: str, aspects: Sequence[str]) -> dict[str, float | None]:
-    """Return the score of each aspect, held within [1, 4]; None for one that does not apply or is not mentioned.
+    """Return the score of each aspect in [1, 4]; None for one that does not apply, as the answer says (N/A).
 
     Headings may be bold, of any level, numbered or not, in any order. Of several sections with one heading the first
     with a score counts. What stands under a summary never does, nor what a reasoning model thinks before it answers.
+    A number that is none of the scale was not meant on it: it is no score, rather than the nearest one that is.
 
     Args:
         answer: Of the judge.
         aspects: Names from `ASPECTS`.
 
     Raises:
-        RewardError: A section has no score, or one that cannot be read or is not out of 4.
+        UnparsableError: An aspect is not mentioned, has no score, or one that cannot be read, is not out of 4 or is not
+            in [1, 4].
     """
-    sections = _sections(answer.rpartition("</think>")[2])
-    found: dict[str, float | None] = {}
-    for name in aspects:
-        own = [section for section in sections if section.name == name]
-        written = [value for section in own if (value := _written_score(section)) is not None]
-        if own and not written:
-            raise RewardError(f"the judge's answer has a section {ASPECTS[name].title!r} without a score")
-        found[name] = _score(name, written[0]) if written else None
-    return found
+    _, thought, said = answer.rpartition(_THOUGHTS[1])
+    if _THOUGHTS[0] in said:
+        raise _unparsable(f"it ends in the judge's thoughts: {_short(said.partition(_THOUGHTS[0])[2])}")
+    sections = _sections(said if thought else answer)
+    return {name: _score(name, _written(name, sections)) for name in aspects}
+
+
+def _written(name: str, sections: Sequence["_Section"]) -> str:
+    """Return what an answer says the score of an aspect is."""
+    own = [section for section in sections if section.name == name]
+    written = [value for section in own if (value := _written_score(section)) is not None]
+    if written:
+        return written[0]
+    title = ASPECTS[name].title
+    if not own:
+        raise _unparsable(f"it does not mention {title!r}")
+    raise _unparsable(f"it has a section {title!r} without a score: {_short(' '.join([own[0].rest, *own[0].lines]))}")
+
+
+def _unparsable(why: str) -> UnparsableError:
+    return UnparsableError(f"the judge's answer is unparsable: {why}")
+
+
+def _short(text: str) -> str:
+    """Return what was said, for a message: one line, and no more of it than shows what is wrong."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= SHOWN else f"{line[:SHOWN]}...")
 
 
 def _sections(answer: str) -> list[_Section]:
@@ -173,7 +203,9 @@ def _sections(answer: str) -> list[_Section]:
     for line in answer.splitlines():
         heading = _HEADING.match(line)
         if heading is None:
-            if sections:
+            if _OTHER.match(line):
+                sections.append(_Section("other", numbered=True, rest=""))
+            elif sections:
                 sections[-1].lines.append(line)
             continue
         name = next(key for key in (*ASPECTS, "summary") if heading[key])
@@ -205,8 +237,9 @@ def _written_score(section: _Section) -> str | None:
             return match["value"].strip(" \t*_`") or _next_line(section.lines[index:])
     value = _bare(section.rest)
     number = _VALUE.match(value)
-    alone = _NOT_APPLICABLE.fullmatch(value) or (number is not None and not number["after"].strip(" ."))
-    return section.rest if alone else None  # "1. Text Faithfulness: 3", but not "...: 3 cats are missing"
+    if _NOT_APPLICABLE.match(value) or (number is not None and not number["after"].strip(" .")):
+        return section.rest  # "1. Text Faithfulness: 3", but not "...: 3 cats are missing"
+    return None
 
 
 def _next_line(lines: Sequence[str]) -> str:
@@ -219,12 +252,19 @@ def _score(name: str, text: str) -> float | None:
         return None
     match = _VALUE.match(value)
     best = "4" if match is None else match["best"] or "4"
-    if match is None or _NO_SCORE_AFTER.match(match["after"]) or float(best.replace(",", ".")) != HIGHEST:
-        raise RewardError(
-            f"the judge's score of {ASPECTS[name].title!r} cannot be read: {text.strip()[:40]!r}; legal are a number "
-            "out of 4, and N/A"
+    if match is None or _NO_SCORE_AFTER.match(match["after"]) or _number(best) != HIGHEST:
+        raise _unparsable(
+            f"the score of {ASPECTS[name].title!r} cannot be read: {_short(text)}; legal are a number from 1 to 4, "
+            "and N/A"
         )
-    return min(max(float(match["score"].replace(",", ".")), LOWEST), HIGHEST)
+    score = _number(match["score"])
+    if not LOWEST <= score <= HIGHEST:
+        raise _unparsable(f"the score of {ASPECTS[name].title!r} is {_short(text)}; legal are 1 to 4, and N/A")
+    return score
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "."))
 
 
 def _bare(text: str) -> str:

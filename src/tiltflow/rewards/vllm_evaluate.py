@@ -2,24 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
-from tiltflow.rewards.judge import (
-    TOKEN_ID,
-    TOP_LOGPROBS,
-    ChatEndpoint,
-    EndpointSettings,
-    JudgeOptions,
-    shares,
-    word_masses,
-)
+from tiltflow.rewards.judge import TOP_LOGPROBS, ChatEndpoint, EndpointSettings, JudgeOptions, NotOfferedError
+from tiltflow.rewards.labels import LabelTokens, shares, spellings, token_masses, word_masses
 from tiltflow.rewards.wording import Wording, fill
 
 DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
@@ -29,7 +21,11 @@ DEFAULT_QUESTION: Final = (
     "look at, and whether all parts belong together. Is it a picture of high quality? Answer with one word: Yes or No."
 )
 YES, NO = "yes", "no"
-EXACT: Final = {"Yes": YES, "No": NO}
+EXACT: Final = {YES: ("Yes",), NO: ("No",)}
+
+
+def _word(value: Any) -> Any:
+    return ("auto" if value else "off") if isinstance(value, bool) else value  # YAML reads on and off as truth values
 
 
 class VllmEvaluateOptions(JudgeOptions):
@@ -42,8 +38,10 @@ class VllmEvaluateOptions(JudgeOptions):
     top_logprobs: int = Field(default=TOP_LOGPROBS, ge=1)  # tokens among which yes and no are looked for
     canonicalize: bool = True  # count spellings such as " yes" and "YES" too; false: "Yes" and "No" alone
     min_mass: float = Field(default=0.01, ge=0, le=1)  # of yes and no together, for an answer to count
-    # Ask for these tokens directly, however improbable they are. They are two options because a mapping of yes and no
-    # would have truth values for keys: so YAML reads the bare words.
+    # Ask for the labels' tokens directly, however improbable they are, if the server can tell them: auto, or off.
+    label_tokens: Annotated[Literal["auto", "off"], BeforeValidator(_word)] = "auto"
+    # Ask for these. They are two options because a mapping of yes and no would have truth values for keys: so YAML
+    # reads the bare words.
     yes_token_ids: tuple[int, ...] = ()
     no_token_ids: tuple[int, ...] = Field(default=(), validate_default=True)
 
@@ -86,6 +84,8 @@ class VllmEvaluateReward(PointwiseRewardModel):
             timeout=config.timeout or DEFAULT_TIMEOUT,
         )
         self._endpoint = ChatEndpoint(settings)
+        labels = {label: spellings(label) for label in (YES, NO)} if self._own.canonicalize else EXACT
+        self._labels = LabelTokens(self._endpoint, labels)
 
     def __call__(
         self,
@@ -102,32 +102,38 @@ class VllmEvaluateReward(PointwiseRewardModel):
         return RewardModelOutput(torch.tensor(rewards, dtype=torch.float32), {"mass": masses}, done.failures)
 
     def _rate(self, sample: tuple[str, Image.Image]) -> tuple[float, float]:
-        prompt, image = sample
-        return self._endpoint.first_token(
-            [image, fill(self._own.question, prompt)],
-            self._read,
-            top_logprobs=self._own.top_logprobs,
-            token_ids=(*self._own.yes_token_ids, *self._own.no_token_ids),
-        )
-
-    def _read(self, logprobs: Mapping[str, float]) -> tuple[float, float]:
         """Return the reward and the mass of both labels."""
         own = self._own
+        prompt, image = sample
+        content = [image, fill(own.question, prompt)]
         if own.yes_token_ids:
-            masses = {YES: _mass_of_ids(logprobs, own.yes_token_ids), NO: _mass_of_ids(logprobs, own.no_token_ids)}
-        elif own.canonicalize:
+            return self._ask(content, {YES: own.yes_token_ids, NO: own.no_token_ids})
+        tokens = self._labels.find() if own.label_tokens == "auto" else None
+        if tokens is not None:
+            try:
+                return self._ask(content, tokens)
+            except NotOfferedError as error:
+                self._labels.give_up(error)
+        return self._ask(content, {})
+
+    def _ask(self, content: Sequence[Image.Image | str], tokens: Mapping[str, Sequence[int]]) -> tuple[float, float]:
+        """Ask for the labels' tokens, or for the likeliest ones where none are given."""
+        return self._endpoint.first_token(
+            content,
+            lambda logprobs: self._read(logprobs, tokens),
+            top_logprobs=self._own.top_logprobs,
+            token_ids=[token for label in (YES, NO) for token in tokens.get(label, ())],
+        )
+
+    def _read(self, logprobs: Mapping[str, float], tokens: Mapping[str, Sequence[int]]) -> tuple[float, float]:
+        if tokens:
+            masses = token_masses(logprobs, tokens)
+        elif self._own.canonicalize:
             masses = word_masses(logprobs, (YES, NO))
         else:
-            masses = {label: math.exp(logprobs[word]) if word in logprobs else 0.0 for word, label in EXACT.items()}
-        reward, _ = shares(masses, logprobs, min_mass=own.min_mass)
+            masses = {
+                label: sum(math.exp(logprobs[word]) for word in words if word in logprobs)
+                for label, words in EXACT.items()
+            }
+        reward, _ = shares(masses, logprobs, min_mass=self._own.min_mass)
         return reward, sum(masses.values())
-
-
-def _mass_of_ids(logprobs: Mapping[str, float], ids: Sequence[int]) -> float:
-    absent = [token for token in ids if f"{TOKEN_ID}{token}" not in logprobs]
-    if absent:
-        raise RewardError(
-            f"the judge did not tell the log-probability of token {absent[0]} but those of {list(logprobs)[:3]}; use a "
-            "server that knows logprob_token_ids, or leave out yes_token_ids and no_token_ids"
-        )
-    return sum(math.exp(logprobs[f"{TOKEN_ID}{token}"]) for token in ids)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tiltflow import __version__
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError
 from tiltflow.rewards import GroupwiseRewardModel, RewardArguments, RewardModel, build_reward_model
 from tiltflow.rewards.passes import WrongLength, read_output
 from tiltflow.serving.jobs import Sample, ScorerSource
@@ -24,7 +24,6 @@ from tiltflow.serving.wire import ModelInfo, Pixels, WireError
 
 T = TypeVar("T")
 
-JUDGE: Final = "the judge"  # how errors begin that are those of a model behind an endpoint
 _BLOCK: Final = 2**20  # bytes that are hashed at once
 
 
@@ -74,10 +73,8 @@ class RewardScorer:
                 answer = read_output(self._model(**fields), len(samples))
         except WrongLength as error:
             raise WireError("wrong_count", str(error)) from error
-        except RewardError as error:
-            if str(error).startswith(JUDGE):
-                raise WireError("upstream_judge", str(error)) from error
-            raise
+        except JudgeError as error:
+            raise WireError("upstream_judge", str(error)) from error
         told = {place: _told(error) for place, error in answer.failures.items()}
         return answer.scores.tolist(), answer.extra_info, told
 
@@ -138,7 +135,7 @@ def _files(path: Path) -> list[Path]:
 
 def _told(error: Exception) -> str | WireError:
     text = f"{type(error).__name__}: {error}"
-    return WireError("upstream_judge", text) if str(error).startswith(JUDGE) else text
+    return WireError("upstream_judge", text) if isinstance(error, JudgeError) else text
 
 
 def _there(value: T | None) -> T:

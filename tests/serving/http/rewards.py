@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import JudgeError, JudgeTimeoutError, RewardError, UnparsableError
 from tiltflow.rewards import PointwiseRewardModel, RewardModelOutput
 
 
@@ -16,12 +16,16 @@ class Judged(PointwiseRewardModel):
 
     def __call__(self, prompt, image=None, video=None, condition_images=None, condition_videos=None):
         if "out" in prompt:
-            raise RewardError("the judge 'm' at http://localhost:1/v1 failed: no connection")
-        failures = {
-            place: RewardError("the judge 'm' gave an empty answer") if text == "empty" else ValueError("odd")
-            for place, text in enumerate(prompt)
-            if text in ("empty", "odd")
+            raise JudgeError("no connection to m")
+        if "config" in prompt:
+            raise RewardError("the judge needs another option")
+        errors = {
+            "empty": UnparsableError("m gave an empty answer"),
+            "late": JudgeTimeoutError("m gave no answer within 60 s"),
+            "unlike": RewardError("the judge is not shown this sample"),
+            "odd": ValueError("odd"),
         }
+        failures = {place: errors[text] for place, text in enumerate(prompt) if text in errors}
         values = [0.5] * len(prompt)
         return RewardModelOutput(values, {"tensor": torch.arange(len(prompt)), "word": prompt}, failures)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.judge_server import free_port
 from tests.serving.http.rewards import Conditioned
 from tests.serving.http.servers import Server, b64, codes, levels, picture, running, scores
 from tiltflow import cli
@@ -68,6 +69,7 @@ def test_failures_and_components_are_told() -> None:
     assert components == {"tensor": [0, 1, 2], "word": ["a", "empty", "odd"]}
     told = failures[1]
     assert isinstance(told, WireError) and told.code == "upstream_judge"
+    assert told.message == "UnparsableError: m gave an empty answer"
     assert failures[2] == "ValueError: odd"
     for name, prompt, code in (("Judged", "out", "upstream_judge"), ("TooFew", "a", "wrong_count")):
         with pytest.raises(WireError) as caught:
@@ -100,6 +102,8 @@ def test_the_revision_changes_with_options_and_weights(tmp_path: Path, monkeypat
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     rewards = ["JPEGCompressibility", f"{{reward_model: {TESTS}.Brightness, name: bright}}", f"{HERE}.Judged"]
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
+    rewards.append(f"{{reward_model: vllm_evaluate, name: asks, api_base_url: '{nobody}', max_retries: 1, timeout: 5}}")
     with running("-m", "tiltflow", "serve", *rewards, "--port", "0", "--limit", "items=10") as server:
         yield server
 
@@ -138,10 +142,25 @@ def test_one_model_is_named_where_there_are_several(server: Server) -> None:
 def test_a_judge_that_is_out_is_a_bad_gateway(server: Server) -> None:
     answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": "out"}]})
     assert (answer.status, answer.error["code"]) == (502, "upstream_judge")
-    answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": p} for p in ("a", "empty", "odd")]})
-    assert answer.status == 200 and codes(answer) == ["ok", "upstream_judge", "scorer_error"]
-    assert scores(answer) == [0.5, None, None]
+    prompts = ("a", "empty", "late", "odd", "unlike")
+    answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": prompt} for prompt in prompts]})
+    told = ["ok", "upstream_judge", "upstream_judge", "scorer_error", "scorer_error"]
+    assert answer.status == 200 and codes(answer) == told
+    assert scores(answer) == [0.5, None, None, None, None]
+    answer = server.post("/v1/score", {"models": ["Judged"], "items": [{"prompt": "config"}]})
+    assert (answer.status, answer.error["code"]) == (500, "scorer_error")  # however its message begins
     assert server.get("/v1/models").json["data"][0]["limits"]["items"] == 10
+
+
+def test_a_judge_that_is_not_there_is_a_bad_gateway(server: Server) -> None:
+    pytest.importorskip("openai")
+    items = [{"prompt": "a cat", "image": b64(picture())}] * 2
+    answer = server.post("/v1/score", {"models": ["asks"], "items": items})
+    assert answer.status == 502 and codes(answer) == ["upstream_judge"] * 2
+    assert scores(answer) == [None, None]
+    told = answer.json["results"][0]["error"]
+    assert told["retryable"] and "failed: APIConnectionError: " in told["message"]
+    assert "(tried 2 times in " in told["message"]
 
 
 @pytest.mark.parametrize(
