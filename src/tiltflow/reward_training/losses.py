@@ -73,16 +73,8 @@ def bradley_terry(
         tie_threshold=tie_threshold,
     )
     mean = loss / sums["pairs"].clamp(min=1).to(loss.dtype)
-    both = torch.cat([chosen, rejected]).detach()
-    metrics = {
-        "loss": mean.detach(),
-        "acc": sums["right"] / sums["decided"],
-        "rewards_chosen_mean": chosen.detach().mean(),
-        "rewards_rejected_mean": rejected.detach().mean(),
-        "rewards_all_mean": both.mean(),
-        "rewards_all_std": both.std() if len(both) > 1 else both.new_tensor(torch.nan),
-    }
-    return mean, metrics
+    metrics = {"loss": mean.detach(), "acc": sums["right"] / sums["decided"]}
+    return mean, metrics | _statistics(chosen.detach(), rejected.detach())
 
 
 def bradley_terry_sums(
@@ -236,6 +228,16 @@ def masked_mse_sums(
 def masked_mse_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Return `loss` and `mae`, the mean absolute error; NaN where there was no label."""
     return {"loss": _ratio(sums["loss"], sums["labels"]), "mae": _ratio(sums["errors"], sums["labels"])}
+
+
+def _statistics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    both = torch.cat([chosen, rejected])
+    return {
+        "rewards_chosen_mean": chosen.mean(),
+        "rewards_rejected_mean": rejected.mean(),
+        "rewards_all_mean": both.mean(),
+        "rewards_all_std": both.std() if len(both) > 1 else both.new_tensor(torch.nan),
+    }
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
