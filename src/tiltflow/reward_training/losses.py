@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiltflow.data.ratings import MISSING
 from tiltflow.errors import ConfigError, TrainingError
 
 Sums: TypeAlias = dict[str, Tensor]  # scalars, detached
-
-IGNORED = -100.0  # the rating that is none
 
 
 def bradley_terry(
@@ -170,7 +169,7 @@ def bradley_terry_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def masked_mse(
-    predictions: Tensor, labels: Tensor, *, ignore_value: float = IGNORED
+    predictions: Tensor, labels: Tensor, *, ignore_value: float = MISSING
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean squared error over the labels that are there.
 
@@ -197,7 +196,7 @@ def masked_mse(
 
 
 def masked_mse_sums(
-    predictions: Tensor, labels: Tensor, *, weights: Tensor | None = None, ignore_value: float = IGNORED
+    predictions: Tensor, labels: Tensor, *, weights: Tensor | None = None, ignore_value: float = MISSING
 ) -> tuple[Tensor, Sums]:
     """Return `masked_mse` as sums over labels.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import RewardError
-from tiltflow.scorers.language_head import HEAD_DTYPES, RewardHead
+from tiltflow.scorers.language_head import DTYPES, RewardHead
 from tiltflow.scorers.language_loading import load_classifier, save_classifier, write_head
 from tiltflow.scorers.language_lora import LoraSettings, add_lora, save_lora, without_lora
-from tiltflow.scorers.length_buckets import length_buckets, token_batches
+from tiltflow.scorers.length_buckets import length_buckets, pad_rows, token_batches
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Text: TypeAlias = str | Sequence[Message]  # as it is, or a conversation for the model's chat template
@@ -67,7 +67,7 @@ class LanguageRewardModel(nn.Module):
         self.head = head
         self.register_buffer("attribute_weights", head.weights(), persistent=False)
         if self.reads_last_token:
-            classifier.score.to(HEAD_DTYPES[head.dtype])
+            classifier.score.to(DTYPES[head.dtype])
 
     @classmethod
     def from_pretrained(
@@ -264,11 +264,7 @@ class LanguageRewardModel(nn.Module):
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return rows of tokens padded on the right, int64 `[B, S]`, and their lengths, int64 `[B]`, on the CPU."""
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_token_id)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.as_tensor(row)
-        return ids, lengths
+        return pad_rows(rows, self.tokenizer.pad_token_id)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a plain transformers sequence classifier with its tokenizer; LoRA is merged, and this model keeps it.
@@ -305,7 +301,7 @@ class LanguageRewardModel(nn.Module):
 
     def _apply_head(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # the head computes in its own precision
-            return self.classifier.score(hidden.to(HEAD_DTYPES[self.head.dtype])).float()
+            return self.classifier.score(hidden.to(DTYPES[self.head.dtype])).float()
 
     def _weighted(self, attributes: Tensor) -> Tensor:
         return attributes[..., 0] if self.head.num_attributes == 1 else attributes @ self.attribute_weights

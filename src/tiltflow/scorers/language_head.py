@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tiltflow.types import Config
 
-HEAD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RewardHead(Config):

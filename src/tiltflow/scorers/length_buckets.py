@@ -1,8 +1,11 @@
 """Rows of different lengths in batches of similar length, so that little is computed on padding."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def length_buckets(lengths: Sequence[int], *, most: int, overhead: int) -> list[list[int]]:
@@ -59,3 +62,11 @@ def token_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]
         else:
             batches.append([place])
     return batches
+
+
+def pad_rows(rows: Sequence[Any], pad: int) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens padded on the right, int64 `[B, S]`, and their lengths, int64 `[B]`."""
+    padded = np.full((len(rows), max(len(row) for row in rows)), pad, dtype=np.int64)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return torch.from_numpy(padded), torch.tensor([len(row) for row in rows])
