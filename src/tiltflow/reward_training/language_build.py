@@ -1,5 +1,6 @@
 """From the sections `model` and `data` of a config to what a training run is made of."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def build_language(
     if model.lora is not None:
         network.add_lora(model.lora, seed=seed)
     if model.gradient_checkpointing:
-        network.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(network)
     kind = RewardModelType(model.reward_model_type)
     trained = REWARD_MODEL_CLASS_DICT[kind](network, model)
     reads = _DataSet.pairs if kind is RewardModelType.BINARY_RANKING else _DataSet.ratings
@@ -130,6 +131,12 @@ def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:
     if data.max_length is not None and data.max_length > positions:
         raise ConfigError(f"data.max_length={data.max_length}: the network reads at most {positions} tokens")
     return data.max_length or min(positions, MAX_LENGTH)
+
+
+def _checkpoint_activations(network: LanguageRewardModel) -> None:
+    with warnings.catch_warnings():  # its new name is not yet in every version that is supported
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        network.classifier.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _fitting(
