@@ -19,7 +19,8 @@ from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.runtime.distributed import Distributed
 
 # Frozen weights come from where the model was loaded; a checkpoint of an adapter stays small.
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+_ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class ParallelModel:
@@ -46,6 +47,8 @@ class ParallelModel:
                 "--multi_gpu) or FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
             )
         self.optimizer = optimizer
+        frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        self._names = model.state_dict().keys() - frozen
         self._sharded = kind == DistributedType.FSDP
         self._accelerator = accelerator
         # FSDP turns the model's own parameters into shards: an unsharded twin is what can be written for others.
@@ -72,7 +75,7 @@ class ParallelModel:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return trained weights and optimizer state under full names; every process calls it, the main one gets it."""
-        weights, optimizer = get_state_dict(self.module, self.optimizer, options=_OPTIONS)
+        weights, optimizer = get_state_dict(self.module, self.optimizer, options=_TRAINED)
         return {name: value for name, value in weights.items() if isinstance(value, Tensor)}, dict(optimizer)
 
     def load_state(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
@@ -83,6 +86,10 @@ class ParallelModel:
         Raises:
             CheckpointError: The state is of another model.
         """
+        odd = sorted(self._names ^ weights.keys())
+        if odd:
+            where = "the model" if odd[0] in self._names else "the checkpoint"
+            raise CheckpointError(f"the checkpoint is of another model: {odd[0]} is only in {where}")
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             set_state_dict(
@@ -90,7 +97,7 @@ class ParallelModel:
                 self.optimizer,
                 model_state_dict=dict(weights),
                 optim_state_dict=dict(optimizer),
-                options=_OPTIONS,
+                options=_TRAINED,
             )
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint is of another model: {error}") from error
@@ -105,8 +112,7 @@ class ParallelModel:
         """
         if not self._sharded:
             return model
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.module, options=options)
+        weights = get_model_state_dict(self.module, options=_ALL)
         if self._whole is None:
             return model
         self._whole.load_state_dict(weights)
