@@ -102,12 +102,20 @@ class LinearData(Config):
     bad: int | None = None
 
 
+class LinearFitConfig(FitConfig):
+    """The settings that suit a linear model."""
+
+    batch_size: int = Field(default=8, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    workers: int = Field(default=0, ge=0)
+
+
 class LinearRunConfig(FitRunConfig):
     """A run that fits a linear model."""
 
     model: LinearConfig
     data: LinearData = LinearData()
-    train: FitConfig = FitConfig(batch_size=8, lr=0.05, workers=0)
+    train: LinearFitConfig = LinearFitConfig()
 
 
 def build_linear(config: LinearRunConfig) -> Fitting:

@@ -75,6 +75,32 @@ class FitConfig(Config):
         return self.validate_every
 
 
+class ImageTextFitConfig(FitConfig):
+    """The settings with which PickScore was trained, on eight processes of 16 pairs."""
+
+    max_steps: int | None = Field(default=4000, ge=1)
+    max_epochs: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float = Field(default=3e-6, gt=0)
+    warmup_steps: int = Field(default=500, ge=0)
+    validate_every: Steps | Fraction | None = 200
+    save_every: int | None = Field(default=200, ge=1)
+
+
+class LanguageFitConfig(FitConfig):
+    """The usual settings for reward models of language with some billion weights."""
+
+    lr: float = Field(default=9e-6, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    weight_decay: float = Field(default=0.1, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=10, ge=0)
+    constant_steps: int = Field(default=1000, ge=0)
+    min_lr: float = Field(default=9e-7, ge=0)
+    validate_every: Steps | Fraction | None = 100
+    save_every: int | None = Field(default=100, ge=1)
+
+
 def learning_rate(config: FitConfig, step: int, total: int) -> float:
     """Return the learning rate of a step: up in a line, down along the schedule, then `min_lr`.
 

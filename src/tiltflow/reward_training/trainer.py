@@ -75,16 +75,19 @@ class RewardTrainer:
         if self.step == 0 and self.config.validate_at_start:
             yield FitStep(0, self.validate(status=status), validated=bool(self.validation), last=False)
         with closing(self._load(self.examples, self.batches.steps(self.step, self.total_steps))) as steps:
+            mark = time.monotonic()
             for loaded in steps:
-                metrics, seconds = self._train_step(loaded), time.monotonic() - began
+                metrics = self._train_step(loaded)
+                metrics["step_seconds"] = time.monotonic() - mark  # waiting for data included
                 self.step += 1
-                last = self.step == self.total_steps or self._time_is_up(seconds)
+                last = self.step == self.total_steps or self._time_is_up(time.monotonic() - began)
                 due = last or (self._interval is not None and self.step % self._interval == 0)
                 if due:
                     metrics |= self.validate(status=status)
                 yield FitStep(self.step, metrics, validated=due and bool(self.validation), last=last)
                 if last:
                     return
+                mark = time.monotonic()
 
     def validate(self, *, status: Status = lambda stage: None) -> dict[str, float]:
         """Measure the model on every validation set, each example once."""
@@ -139,7 +142,6 @@ class RewardTrainer:
 
     def _train_step(self, loaded: LoadedStep) -> dict[str, float]:
         """Take one optimiser step; a step in which nothing counts moves nothing."""
-        began = time.monotonic()
         weight = self._weight_of(loaded)
         lr = learning_rate(self.config, self.step, self.total_steps)
         # Drawn anew for every step, so that a resumed run needs no state of the generators.
@@ -156,7 +158,6 @@ class RewardTrainer:
             "lr": lr,
             "samples": float(self.batches.samples(self.step + 1)),
             "epoch": (self.step + 1) / self.batches.steps_per_epoch,
-            "step_seconds": time.monotonic() - began,
         }
 
     def _accumulate(self, batches: Sequence[Batch], weight: float) -> tuple[float, Totals]:
