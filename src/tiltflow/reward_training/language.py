@@ -1,5 +1,6 @@
 """Language reward models while they are trained: ranking of pairs, and regression on ratings."""
 
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -58,6 +59,12 @@ class LanguageTrainable(TrainableRewardModel):
             overhead=self.config.bucket_overhead,
             steady=not alone,
         )
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of each layer again in the backward pass."""
+        with warnings.catch_warnings():  # its new name is not yet in every version that is supported
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+            self.model.classifier.gradient_checkpointing_enable({"use_reentrant": False})
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a sequence classifier of transformers; with LoRA, which is merged there, also `adapter/`."""

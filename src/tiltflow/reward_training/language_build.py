@@ -1,6 +1,5 @@
 """From the sections `model` and `data` of a config to what a training run is made of."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +11,14 @@ from tiltflow.data.ratings import Rating, read_ratings
 from tiltflow.data.records import BadRecord, LeftOut
 from tiltflow.errors import ConfigError, DataError
 from tiltflow.reward_training.base import Examples, Fitting
+from tiltflow.reward_training.fit_config import RewardModelKind
 from tiltflow.reward_training.language import REWARD_MODEL_CLASS_DICT, RewardModelType
-from tiltflow.reward_training.language_config import MAX_LENGTH, LanguageDataConfig, LanguageModelConfig
+from tiltflow.reward_training.language_config import (
+    MAX_LENGTH,
+    LanguageDataConfig,
+    LanguageModelConfig,
+    LanguageRunConfig,
+)
 from tiltflow.reward_training.language_data import PairExamples, RatingExamples, Tokenizing
 from tiltflow.scorers import LanguageRewardModel
 from tiltflow.scorers.language_head import DTYPES
@@ -102,7 +107,7 @@ def build_language(
     """
     network = LanguageRewardModel.from_pretrained(
         model.pretrained,
-        head=model.head if "head" in model.model_fields_set else None,
+        head=model.head.model_dump(exclude_none=True),
         new_head=model.new_head,
         seed=seed,
         append_eos=model.append_eos,
@@ -113,12 +118,19 @@ def build_language(
     )
     if model.lora is not None:
         network.add_lora(model.lora, seed=seed)
-    if model.gradient_checkpointing:
-        _checkpoint_activations(network)
     kind = RewardModelType(model.reward_model_type)
     trained = REWARD_MODEL_CLASS_DICT[kind](network, model)
     reads = _DataSet.pairs if kind is RewardModelType.BINARY_RANKING else _DataSet.ratings
     return _fitting(trained, reads, data, network)
+
+
+def build_run(config: LanguageRunConfig) -> Fitting:
+    """Do `build_language` for a whole config."""
+    return build_language(config.model, config.data, seed=config.seed)
+
+
+BINARY_RANKING = RewardModelKind(LanguageRunConfig, build_run)
+REGRESSION = RewardModelKind(LanguageRunConfig, build_run)
 
 
 def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:
@@ -131,12 +143,6 @@ def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:
     if data.max_length is not None and data.max_length > positions:
         raise ConfigError(f"data.max_length={data.max_length}: the network reads at most {positions} tokens")
     return data.max_length or min(positions, MAX_LENGTH)
-
-
-def _checkpoint_activations(network: LanguageRewardModel) -> None:
-    with warnings.catch_warnings():  # its new name is not yet in every version that is supported
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        network.classifier.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _fitting(

@@ -1,39 +1,39 @@
 """What can be set of language reward models and their data."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
 from tiltflow.data.preferences import Layout
 from tiltflow.data.records import OnBad
+from tiltflow.reward_training.fit_config import FitRunConfig, LanguageFitConfig, RewardModelConfig
 from tiltflow.reward_training.language_data import OverLength
-from tiltflow.scorers import LoraSettings, RewardHead
+from tiltflow.scorers import LoraSettings
 from tiltflow.types import Config
 
+RewardModelName = Literal["binary_ranking", "regression"]
 RankingLoss = Literal["bradley_terry", "margin", "scaled"]
 MAX_LENGTH: Final = 4096  # tokens, where the network can read as many
 
-# How such models are trained where a config says nothing else; the keys are those of the trainer's section `train`.
-TRAIN_DEFAULTS: Final[Mapping[str, Any]] = {
-    "batch_size": 64,
-    "lr": 9e-6,
-    "weight_decay": 0.1,
-    "betas": (0.9, 0.98),
-    "schedule": "cosine",
-    "warmup_steps": 10,
-    "constant_steps": 1000,
-    "min_lr": 9e-7,
-    "max_grad_norm": 1.0,
-}
+
+class HeadConfig(Config):
+    """The section `model.head`; what is left out is what the folder says, or the default of `RewardHead`."""
+
+    num_attributes: int | None = Field(default=None, ge=1)
+    attribute_names: tuple[str, ...] | None = None
+    attribute_weights: tuple[float, ...] | None = None
+    merge_attributes: bool | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    average_pooling: bool | None = None
 
 
-class LanguageModelConfig(Config):
+class LanguageModelConfig(RewardModelConfig):
     """The section `model`."""
 
-    reward_model_type: Literal["binary_ranking", "regression"]
+    reward_model_type: RewardModelName
     pretrained: str = Field(min_length=1)  # folder, or hub repository: a causal language model, classifier or adapter
-    head: RewardHead = RewardHead()  # left out, it is what the folder says
+    head: HeadConfig = HeadConfig()
     new_head: bool = False  # begin with a new head even if the folder has one
     lora: LoraSettings | None = None
     loss: RankingLoss = "bradley_terry"  # `margin` and `scaled` read the records' `margin`
@@ -41,7 +41,6 @@ class LanguageModelConfig(Config):
     tie_threshold: float | None = Field(default=None, gt=0)  # half the width of what people call a tie; None: p = 0.5
     append_eos: bool = False  # the tokenizer ends texts, but no conversations, with the end-of-text token
     dropout: bool = False  # keep the network's own
-    gradient_checkpointing: bool = False
     attention: str | None = None  # transformers' attn_implementation
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
     length_buckets: int = Field(default=4, ge=1)  # calls of the network that one micro-batch is cut into, at most
@@ -80,3 +79,11 @@ class LanguageDataConfig(Config):
         if self.validation is None:
             return {}
         return {"": self.validation} if isinstance(self.validation, str) else self.validation
+
+
+class LanguageRunConfig(FitRunConfig):
+    """Everything that decides the training of a language reward model."""
+
+    model: LanguageModelConfig
+    data: LanguageDataConfig
+    train: LanguageFitConfig = LanguageFitConfig()

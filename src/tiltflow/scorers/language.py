@@ -74,7 +74,7 @@ class LanguageRewardModel(nn.Module):
         cls,
         folder: str | Path,
         *,
-        head: RewardHead | None = None,
+        head: RewardHead | Mapping[str, Any] | None = None,
         new_head: bool = False,
         seed: int = 0,
         append_eos: bool = False,
@@ -87,7 +87,7 @@ class LanguageRewardModel(nn.Module):
 
         Args:
             folder: In Hugging Face format, or a hub repository in the models folder or the cache.
-            head: None takes what the folder says, else the defaults.
+            head: What the head gives, or what of it is other than the folder says; None changes nothing.
             new_head: Begin with a new head even if the folder has one.
             seed: Of a new head's weights, N(0, 1 / (width + 1)^2): rewards start near 0.
             append_eos: Let the tokenizer end every text, but no conversation, with its end-of-text token.

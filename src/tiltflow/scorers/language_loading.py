@@ -1,6 +1,7 @@
 """Language models and classifiers from folders in Hugging Face format, and back."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +38,7 @@ class LoadedClassifier:
 def load_classifier(
     source: str | Path,
     *,
-    head: RewardHead | None,
+    head: RewardHead | Mapping[str, Any] | None,
     new_head: bool,
     seed: int,
     append_eos: bool,
@@ -51,7 +52,7 @@ def load_classifier(
         RewardError: As there.
     """
     if (Path(source) / ADAPTER_FILE).is_file():
-        return _load_adapter(Path(source), dropout=dropout, attention=attention, dtype=dtype)
+        return _load_adapter(Path(source), head, dropout=dropout, attention=attention, dtype=dtype)
     folder = WeightsFolder(str(source)).require()
     try:
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -59,17 +60,14 @@ def load_classifier(
         raise RewardError(f"no language model can be loaded from {folder}: {error}") from error
     tokenizer = _tokenizer(folder)
     has_head = not new_head and any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    if has_head:
-        own = _own_head(config, folder) or RewardHead(num_attributes=config.num_labels)
-        head = own if head is None else head
-        if head.num_attributes != config.num_labels:
-            raise RewardError(
-                f"the classifier in {folder} gives {config.num_labels} numbers for num_attributes="
-                f"{head.num_attributes}; set that, or ask for a new head (new_head: true)"
-            )
-    else:
-        head = head or RewardHead()
-        config.num_labels = head.num_attributes
+    found = _own_head(config, folder) or RewardHead(num_attributes=config.num_labels if has_head else 1)
+    head = _changed(found, head)
+    if has_head and head.num_attributes != config.num_labels:
+        raise RewardError(
+            f"the classifier in {folder} gives {config.num_labels} numbers for num_attributes={head.num_attributes}; "
+            "set that, or ask for a new head (new_head: true)"
+        )
+    config.num_labels = head.num_attributes
     if not dropout:
         _stop_dropout(config)
     classifier = _load(folder, config, has_head=has_head, seed=seed, dtype=dtype, attention=attention)
@@ -164,17 +162,35 @@ def write_head(head: RewardHead, folder: Path) -> None:
     (folder / HEAD_FILE).write_text(json.dumps(head.model_dump(mode="json"), indent=2), encoding="utf-8")
 
 
-def _load_adapter(folder: Path, *, dropout: bool, attention: str | None, dtype: torch.dtype) -> LoadedClassifier:
+def _load_adapter(
+    folder: Path,
+    changes: RewardHead | Mapping[str, Any] | None,
+    *,
+    dropout: bool,
+    attention: str | None,
+    dtype: torch.dtype,
+) -> LoadedClassifier:
     """Load what an adapter was trained on, then the adapter, which brings its head and tokenizer."""
     try:
         base = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        head = RewardHead.model_validate_json((folder / HEAD_FILE).read_text(encoding="utf-8"))
+        own = RewardHead.model_validate_json((folder / HEAD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise RewardError(f"the adapter in {folder} was not written by save_adapter: {error}") from error
+    head = _changed(own, changes)
     loaded = load_classifier(
         base, head=head, new_head=True, seed=0, append_eos=False, dropout=dropout, attention=attention, dtype=dtype
     )
     return LoadedClassifier(load_lora(loaded.network, folder), _tokenizer(folder), head)
+
+
+def _changed(own: RewardHead, head: RewardHead | Mapping[str, Any] | None) -> RewardHead:
+    """Return a head with changes, or another one."""
+    if isinstance(head, RewardHead):
+        return head
+    try:
+        return RewardHead.model_validate({**own.model_dump(), **(head or {})})
+    except ValidationError as error:
+        raise RewardError(f"the head of the model: {error.errors()[0]['msg']}") from error
 
 
 def _own_head(config: Any, folder: Path) -> RewardHead | None:
