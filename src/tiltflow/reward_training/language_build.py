@@ -139,7 +139,7 @@ def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:
     Raises:
         ConfigError: More are asked for than the network has positions.
     """
-    positions = model.classifier.config.get_text_config().to_dict().get("max_position_embeddings") or MAX_LENGTH
+    positions = model.max_positions or MAX_LENGTH
     if data.max_length is not None and data.max_length > positions:
         raise ConfigError(f"data.max_length={data.max_length}: the network reads at most {positions} tokens")
     return data.max_length or min(positions, MAX_LENGTH)

@@ -126,6 +126,11 @@ class LanguageRewardModel(nn.Module):
         """In which the network, without the head, computes."""
         return next(self.network.parameters()).dtype
 
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens the network can read; None where nothing limits it."""
+        return self.classifier.config.get_text_config().to_dict().get("max_position_embeddings")
+
     def encode(self, text: Text) -> list[int]:
         """Return the tokens of a text as the folder's tokenizer makes them; a conversation goes through its template.
 
@@ -178,11 +183,16 @@ class LanguageRewardModel(nn.Module):
     @torch.no_grad()
     def score_encoded(self, rows: Sequence[Sequence[int]], *, max_tokens: int = SCORING_TOKENS) -> Tensor:
         """Return the scores, float32 `[B]` or `[B, A]`, of B rows of tokens of any lengths."""
-        scores = torch.zeros(len(rows), self.head.num_attributes, device=self.device)
+        return self.merged(self.attributes(rows, max_tokens=max_tokens))
+
+    @torch.no_grad()
+    def attributes(self, rows: Sequence[Sequence[int]], *, max_tokens: int = SCORING_TOKENS) -> Tensor:
+        """Return the attributes, float32 `[B, A]`, of B rows of tokens of any lengths."""
+        found = torch.zeros(len(rows), self.head.num_attributes, device=self.device)
         for places in token_batches([len(row) for row in rows], max_tokens=max_tokens):
             ids, lengths = self.pad([rows[place] for place in places])
-            scores[places] = self(ids.to(self.device), lengths.to(self.device))
-        return self.merged(scores)
+            found[places] = self(ids.to(self.device), lengths.to(self.device))
+        return found
 
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the scores of a padded batch, float32 `[B]` or `[B, A]`, with gradient to the weights.
@@ -210,7 +220,7 @@ class LanguageRewardModel(nn.Module):
         if not self.reads_last_token:
             raise RewardError(f"{type(self.classifier).__name__} scores whole texts; it has no score for a token")
         ids, lengths, order = _to_the_left(input_ids, attention_mask)
-        scores = self._weighted(self._apply_head(self._hidden(ids, lengths)))
+        scores = self.weighted(self._apply_head(self._hidden(ids, lengths)))
         return torch.zeros_like(scores).scatter(1, order, scores) * (attention_mask > 0)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -260,7 +270,11 @@ class LanguageRewardModel(nn.Module):
 
     def merged(self, attributes: Tensor) -> Tensor:
         """Return `[B, A]` as `[B]` if the head gives one number, else as it is."""
-        return self._weighted(attributes) if self.head.scalar else attributes
+        return self.weighted(attributes) if self.head.scalar else attributes
+
+    def weighted(self, attributes: Tensor) -> Tensor:
+        """Return the weighted sum of attributes, `[..., A]` to `[...]`."""
+        return (attributes * self.attribute_weights).sum(-1)  # no matrix product: autocast would round it
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return rows of tokens padded on the right, int64 `[B, S]`, and their lengths, int64 `[B]`, on the CPU."""
@@ -302,9 +316,6 @@ class LanguageRewardModel(nn.Module):
     def _apply_head(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # the head computes in its own precision
             return self.classifier.score(hidden.to(DTYPES[self.head.dtype])).float()
-
-    def _weighted(self, attributes: Tensor) -> Tensor:
-        return attributes[..., 0] if self.head.num_attributes == 1 else attributes @ self.attribute_weights
 
 
 def _mask(input_ids: Tensor, lengths: Tensor) -> Tensor:
