@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--group_size", type=_positive, default=1, help="images in a row that belong to one group")
     score.set_defaults(run=_score)
 
+    _evaluate_reward_arguments(commands)
+
     serve = commands.add_parser("serve", help="score over HTTP", allow_abbrev=False)
     serve.add_argument(
         "rewards", nargs="+", help="names, Python paths, or '{reward_model: Geneval, detector: shapes, name: shapes}'"
@@ -101,6 +103,26 @@ def _run_arguments(commands: Any) -> None:
         command.add_argument("config", help=f"path of a YAML file, or the name of a packaged config ({packaged})")
         command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
         command.set_defaults(run=run)
+
+
+def _evaluate_reward_arguments(commands: Any) -> None:
+    judge = commands.add_parser(
+        "evaluate-reward", help="how often a language reward model prefers the chosen text", allow_abbrev=False
+    )
+    judge.add_argument("model", help="a folder such as outputs/<run>/model, or a hub name")
+    judge.add_argument("data", nargs="+", help="files of chosen and rejected texts, or owner/name@split of the hub")
+    judge.add_argument("--output", type=Path, help=".json; the scores of every pair go beside it")
+    judge.add_argument(
+        "--as_conversation",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="prompt and answer through the chat template; auto: if the model has one",
+    )
+    judge.add_argument("--max_length", type=_positive, help="tokens of a text; what the network can read by default")
+    judge.add_argument("--over_length", choices=("truncate", "filter", "error"), default="truncate")
+    judge.add_argument("--on_bad_record", choices=("error", "skip"), default="error")
+    judge.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    judge.set_defaults(run=_evaluate_reward)
 
 
 def _positive(text: str) -> int:
@@ -189,6 +211,27 @@ def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> None:
         output_dir=arguments.output_dir,
         name=arguments.name,
     )
+
+
+def _evaluate_reward(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    if overrides:
+        raise ConfigError(f"--{overrides[0][0]} is no option of it; `tiltflow evaluate-reward --help` lists them")
+    from tiltflow.commands import accuracy_table, run_reward_evaluation
+
+    found, path, notes = run_reward_evaluation(
+        arguments.model,
+        arguments.data,
+        output=arguments.output,
+        as_conversation=arguments.as_conversation,
+        length=arguments.max_length,
+        over_length=arguments.over_length,
+        on_bad_record=arguments.on_bad_record,
+        dtype=arguments.dtype,
+    )
+    print(accuracy_table(found))
+    for kind, count in notes.items():
+        print(f"{count} pairs: {kind}", file=sys.stderr)
+    print(f"result: {path}")
 
 
 def _sample(arguments: argparse.Namespace, overrides: Overrides) -> None:

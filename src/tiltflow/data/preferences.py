@@ -31,7 +31,7 @@ def read_preferences(
     left_out: LeftOut,
     layout: Layout = "auto",
     columns: Mapping[str, str] | None = None,
-    as_conversation: bool = False,
+    as_conversation: bool | Literal["prompted"] = False,
 ) -> list[Preference]:
     """Read preferences.
 
@@ -45,7 +45,7 @@ def read_preferences(
         layout: `auto` takes `adjacent` if the first record has `text` and no `chosen`.
         columns: Expected name -> the source's own, where they differ.
         as_conversation: Make a conversation of a prompt and an answer that are texts: a user's and an assistant's
-            message.
+            message. A text without prompt is then a bad record, unless `prompted` takes it as it is.
 
     Raises:
         DataError: The source cannot be read or is empty, or as `left_out` says.
@@ -59,7 +59,7 @@ def read_preferences(
     return list(_pairs(records, left_out, as_conversation))
 
 
-def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool) -> Iterator[Preference]:
+def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool | str) -> Iterator[Preference]:
     for record in records:
         try:
             if record.problem:
@@ -69,13 +69,13 @@ def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool) 
             left_out.bad(record.place, problem)
 
 
-def _from_pair(record: Record, as_conversation: bool) -> Preference:
+def _from_pair(record: Record, as_conversation: bool | str) -> Preference:
     values = record.values
     chosen, rejected = text_field(values, "chosen"), text_field(values, "rejected")
     if values.get("prompt") is not None:
         prompt = text_field(values, "prompt")
-        chosen, rejected = (_after(prompt, answer, as_conversation) for answer in (chosen, rejected))
-    elif as_conversation and isinstance(chosen, str):
+        chosen, rejected = (_after(prompt, answer, bool(as_conversation)) for answer in (chosen, rejected))
+    elif as_conversation is True and isinstance(chosen, str):
         raise BadRecord("missing key", "'prompt': a conversation is made of a prompt and an answer")
     low, high = MARGINS
     label = number_field(values, "label", low=0.0, high=1.0)
