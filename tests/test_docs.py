@@ -16,10 +16,17 @@ from tiltflow.config import (
     normalise_rewards,
     resolve_key,
 )
+from tiltflow.reward_training.fit_config import FitConfig, FitRunConfig
 from tiltflow.rewards import RewardArguments, check_reward
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMAS = {"train": RunConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig}
+SCHEMAS = {
+    "train": RunConfig,
+    "train-reward": FitRunConfig,
+    "pretrain": PretrainConfig,
+    "evaluate": EvaluateConfig,
+    "sample": SampleConfig,
+}
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 
 
@@ -38,8 +45,11 @@ def test_python_runs(source):
 
 
 @pytest.mark.parametrize("source", blocks("yaml"))
-def test_yaml_rewards_are_valid(source):
+def test_yaml_is_valid(source):
     values = yaml.safe_load(source)
+    if values.keys() == {"train"}:
+        assert FitConfig.model_validate(values["train"])
+        return
     for entry in normalise_rewards(values["rewards"]):
         assert check_reward(RewardArguments.model_validate(entry))
 

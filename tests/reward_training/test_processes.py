@@ -61,7 +61,10 @@ def test_two_processes_make_the_run_of_one(alone: tuple[Path, Answers], tmp_path
     first, second = start(tmp_path, processes=2, kind=kind)
     assert numbers(first["steps"]) == numbers(second["steps"])
     assert_close(first["steps"], expected["steps"])
-    assert numbers(first["resumed"]) == numbers(first["steps"][5:])
+    if kind == "ddp":
+        assert numbers(first["resumed"]) == numbers(first["steps"][5:])
+    else:  # gathered weights lie elsewhere in memory, which changes how a matrix product rounds
+        assert_close(first["resumed"], first["steps"][5:])
     assert {first["error"], second["error"]} == {
         "example 11 cannot be read",
         f"rank {0 if 'rank' in second['error'] else 1} failed: DataError: example 11 cannot be read",

@@ -19,12 +19,14 @@ from tiltflow.runtime.checkpoint import write_atomically
 DATA_FILE = "data.json"  # {"total_steps": 12, "train": 45, "validation": {"all": 21}, "left_out": {"ties": 3}}
 TEMPLATE = "reward_template.html"
 MAX_COLUMNS = 6
+LEADING = ("loss", "acc", "accuracy")  # shown before all other metrics
 SMOOTHED_POINTS = 40  # a curve of training is averaged so that about so many separate values are left
 
 TEXTS = {
     "loss": "What training descends. A loss that falls in training and rises in validation means that the model learns "
     "its examples by heart.",
     "acc": "How often the preferred one of a pair has the higher score.",
+    "accuracy": "How often the preferred one of a pair has the higher score.",
     "grad_norm": "The length of each step's gradient before it was clipped.",
     "lr": "The learning rate.",
 }
@@ -82,7 +84,7 @@ def figures(run: Run) -> list[Figure]:
     """Return a curve of each metric, training and the validation sets together, then gradient norm and rate."""
     sets = validation_sets(run)
     names = list(dict.fromkeys([*run.names("train/"), *(name for key in sets for name in run.names(f"{key}/"))]))
-    first = [name for name in ("loss", "acc") if name in names]
+    first = [name for name in LEADING if name in names]
     found = [_metric_figure(run, name, sets) for name in [*first, *(name for name in names if name not in first)]]
     found += [_figure(key, [Series(key, *run.curve(key))]) for key in ("grad_norm", "lr")]
     return [figure for figure in found if figure.svg]
@@ -131,7 +133,7 @@ def columns_of(models: Sequence[BestModel], run: Run) -> list[str]:
     names = dict.fromkeys(name for model in models for name in model.metrics if name.startswith("validation"))
     first = [name for name in [keep_best(run).get("metric")] if name in names]
     rest = [name for name in names if name not in first and "/" in name]
-    preferred = sorted(rest, key=lambda name: name.rpartition("/")[2] not in ("loss", "acc"))
+    preferred = sorted(rest, key=lambda name: name.rpartition("/")[2] not in LEADING)
     return [*first, *preferred][:MAX_COLUMNS]
 
 
