@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tiltflow.cli import _overrides, _parser
+from tiltflow.commands import find_kind
 from tiltflow.config import (
     EvaluateConfig,
     PretrainConfig,
@@ -49,6 +50,9 @@ def test_yaml_is_valid(source):
     values = yaml.safe_load(source)
     if values.keys() == {"train"}:
         assert FitConfig.model_validate(values["train"])
+        return
+    if "model" in values:
+        assert find_kind(values["model"]["reward_model_type"]).config.model_validate(values)
         return
     for entry in normalise_rewards(values["rewards"]):
         assert check_reward(RewardArguments.model_validate(entry))

@@ -5,7 +5,7 @@ from tiltflow.commands.doctor import doctor_report
 from tiltflow.commands.evaluate import run_evaluation
 from tiltflow.commands.evaluate_reward import run_reward_evaluation
 from tiltflow.commands.pretrain import run_pretraining
-from tiltflow.commands.reward_config import REWARD_MODEL_TYPES, load_reward_config
+from tiltflow.commands.reward_config import REWARD_MODEL_TYPES, find_kind, load_reward_config
 from tiltflow.commands.sample import run_sampling
 from tiltflow.commands.score import failure_causes, run_scoring, summary_table, without_score
 from tiltflow.commands.serve import run_serving
@@ -21,6 +21,7 @@ __all__ = [
     "build_trainer",
     "doctor_report",
     "failure_causes",
+    "find_kind",
     "load_reward_config",
     "run_evaluation",
     "run_pretraining",
