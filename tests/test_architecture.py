@@ -47,8 +47,8 @@ ALLOWED: dict[str, set[str]] = {
 # Framework -> the rooms or modules that may import it.
 HOMES: dict[str, set[str]] = {
     "diffusers": {"policies"},
-    "peft": {"policies"},
-    "tokenizers": {"policies"},
+    "peft": {"policies", "scorers.language_lora"},
+    "tokenizers": {"policies", "scorers.language_loading"},
     "transformers": {"policies", "scorers"},
     "fastapi": {"serving"},
     "starlette": {"serving"},

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tiltflow.cli import _overrides, _parser
+from tiltflow.commands import find_kind
 from tiltflow.config import (
     EvaluateConfig,
     PretrainConfig,
@@ -16,10 +17,17 @@ from tiltflow.config import (
     normalise_rewards,
     resolve_key,
 )
+from tiltflow.reward_training.fit_config import FitConfig, FitRunConfig
 from tiltflow.rewards import RewardArguments, check_reward
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMAS = {"train": RunConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig}
+SCHEMAS = {
+    "train": RunConfig,
+    "train-reward": FitRunConfig,
+    "pretrain": PretrainConfig,
+    "evaluate": EvaluateConfig,
+    "sample": SampleConfig,
+}
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 
 
@@ -38,8 +46,14 @@ def test_python_runs(source):
 
 
 @pytest.mark.parametrize("source", blocks("yaml"))
-def test_yaml_rewards_are_valid(source):
+def test_yaml_is_valid(source):
     values = yaml.safe_load(source)
+    if values.keys() == {"train"}:
+        assert FitConfig.model_validate(values["train"])
+        return
+    if "model" in values:
+        assert find_kind(values["model"]["reward_model_type"]).config.model_validate(values)
+        return
     for entry in normalise_rewards(values["rewards"]):
         assert check_reward(RewardArguments.model_validate(entry))
 

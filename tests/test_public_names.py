@@ -27,7 +27,15 @@ PINNED = {
         "RemotePointwiseRewardModel",
         "RemoteGroupwiseRewardModel",
     ],
-    "tiltflow.scorers": ["ClipScorer", "AestheticScorer", "ImageRewardScorer", "clip_preprocess", "hps_preprocess"],
+    "tiltflow.scorers": [
+        "ClipScorer",
+        "AestheticScorer",
+        "ImageRewardScorer",
+        "LanguageRewardModel",
+        "clip_preprocess",
+        "hps_preprocess",
+    ],
+    "tiltflow.reward_training": ["bradley_terry", "masked_mse", "RewardModelType"],
     "tiltflow.serving": ["RewardServer"],
     "tiltflow.rewards.geneval": ["Detection", "score_detections"],
     "tiltflow.testing": ["ToyPolicy", "ConstantReward", "QuadraticReward"],
@@ -55,6 +63,10 @@ SIGNATURES = {
     "tiltflow.serving:RewardServer.compute_reward": (
         "(self, prompts, images=None, videos=None, condition_images=None, condition_videos=None, metadata=None)"
     ),
+    "tiltflow.reward_training:bradley_terry": (
+        "(rewards_chosen, rewards_rejected, *, margin=None, scale=None, center_coefficient=None, mask=None)"
+    ),
+    "tiltflow.reward_training:masked_mse": "(predictions, labels, *, ignore_value=-100.0)",
     "tiltflow.scorers:clip_preprocess": "(images, *, size=224)",
     "tiltflow.scorers:hps_preprocess": "(images, *, size=224, antialias=True)",
     "tiltflow.scorers:ClipScorer": "(backbone, *, kind, scale=None, antialias=True)",

@@ -20,6 +20,7 @@ from tests.rewards.samples import entry
 from tests.rewards.user_made import ContrastRank, NetworkTaste, TinyNetwork, Warmth
 from tests.scorers.tiny_clip import save_clip, tiny_model, to_open_clip
 from tests.scorers.tiny_image_reward import random_state, write_models
+from tests.scorers.tiny_language import save_classifier
 from tests.scorers.tiny_vlm import save_vlm
 from tests.tiny_detector import save_tiny_clip, tiny_mask2former
 from tiltflow.data import geneval
@@ -117,6 +118,10 @@ def write_deqa(models: Path) -> None:
     save_vlm(models / "tiny-vlm")
 
 
+def write_language(models: Path) -> None:
+    save_classifier(models / "tiny-language")
+
+
 def write_detector(models: Path) -> None:
     network = tiny_mask2former()
     with torch.no_grad():  # it finds cups, in every picture another number of them
@@ -175,6 +180,7 @@ def judge_of(reward: Any) -> Any:
     return reward._judge
 
 
+NO_PICTURE = "it reads texts and is shown no picture"
 NO_NETWORK = "it has no network"
 NO_DTYPE = "it has no network, so that dtype changes nothing"
 BYTES = "it reads pictures of 8 bits, through which no gradient comes"
@@ -226,6 +232,18 @@ CASES = [
         tolerance=1e-5,
         bfloat16=0.25,
         exempt={"gradient": BYTES},
+    ),
+    Case(
+        "LanguageReward",
+        entry("r", "LanguageReward", options={"model": "tiny-language"}),
+        write_language,
+        of_groups(("w1 w2 good", "w5", "bad w3 w3 w9 w9 w1")),
+        noise,
+        GROUPS,
+        network=lambda reward: reward.scorer,
+        tolerance=1e-4,
+        bfloat16=0.05,
+        exempt=dict.fromkeys(("gradient", "pil_equals_tensor", "broken_image"), NO_PICTURE),
     ),
     Case(
         "Geneval",

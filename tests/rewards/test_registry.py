@@ -149,8 +149,8 @@ def test_a_reward_knows_its_config_device_and_dtype() -> None:
 
 def test_built_in_geneval() -> None:
     builtins = (
-        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility OCR PickScore PickScore_Rank "
-        "RemoteGroupwiseRewardModel RemotePointwiseRewardModel "
+        "AestheticScore CLIP DeQAScore Geneval HPSv2 ImageReward JPEGCompressibility LanguageReward OCR PickScore "
+        "PickScore_Rank RemoteGroupwiseRewardModel RemotePointwiseRewardModel "
         "rational_rewards_edit rational_rewards_t2i vllm_evaluate"
     )
     assert sorted(REWARDS) == builtins.split()

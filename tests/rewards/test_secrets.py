@@ -15,7 +15,7 @@ from tests.rewards.samples import entry
 from tests.tiny import run_values
 from tiltflow import cli
 from tiltflow.commands import score as score_module
-from tiltflow.commands.train import changed_keys
+from tiltflow.commands.train import changed_values
 from tiltflow.config import dump, run_config
 from tiltflow.errors import ConfigError, RewardError
 from tiltflow.evaluation import EvaluationResult
@@ -142,13 +142,13 @@ def test_another_secret_makes_no_other_run(tmp_path: Path) -> None:
     readable = dump(before).replace(STARS, KEY)  # as earlier versions saved it
     for text in (dump(before), readable):
         saved.write_text(text)
-        assert changed_keys(saved, before) == []
-        assert changed_keys(saved, config_of(REMOTE | {"token": "other"}, JUDGE, eval_rewards=[KEYED])) == []
-        assert changed_keys(saved, config_of(REMOTE | {"token_env": "T"}, JUDGE, eval_rewards=[KEYED])) == []
+        assert changed_values(saved, before) == []
+        assert changed_values(saved, config_of(REMOTE | {"token": "other"}, JUDGE, eval_rewards=[KEYED])) == []
+        assert changed_values(saved, config_of(REMOTE | {"token_env": "T"}, JUDGE, eval_rewards=[KEYED])) == []
         with pytest.raises(ConfigError, match=r"holds another run \(rewards: ") as raised:
-            changed_keys(saved, config_of(REMOTE | {"token": KEY, "server_url": "http://localhost:2"}, JUDGE))
+            changed_values(saved, config_of(REMOTE | {"token": KEY, "server_url": "http://localhost:2"}, JUDGE))
         assert KEY not in str(raised.value)
-        (line,) = changed_keys(saved, config_of(REMOTE, JUDGE, eval_rewards=[{"reward_model": KEYED, "stops": 2}]))
+        (line,) = changed_values(saved, config_of(REMOTE, JUDGE, eval_rewards=[{"reward_model": KEYED, "stops": 2}]))
         assert line.startswith("eval_rewards: ") and KEY not in line
 
 

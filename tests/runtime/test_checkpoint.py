@@ -527,3 +527,17 @@ class TestTensors:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"cannot read the tensors of .*absent\.safetensors"):
             load_tensors(tmp_path / "absent.safetensors")
+
+
+def test_a_run_that_counts_steps_names_its_checkpoints_so(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, unit="step")
+    (tmp_path / ".step_000005.1.tmp").mkdir()
+    for step in (100, 200, 300, 300):
+        store.save(step, writer(str(step)))
+    assert names(tmp_path) == ["latest", "step_000200", "step_000300"]
+    assert store.has(300) and not store.has(100)
+    assert latest(store) == (tmp_path / "step_000300", [])
+    verify_checkpoint(tmp_path / "latest")
+    (tmp_path / "step_000300" / "state.json").write_text("other")
+    chosen, (message,) = latest(store)
+    assert chosen == tmp_path / "step_000200" and "step_000300 is damaged" in message

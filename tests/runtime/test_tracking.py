@@ -352,6 +352,18 @@ class TestProgress:
         assert output.out == ""
         assert output.err == "epoch 3/30  reward 0.61  24.1 samples/s  left 4:30\nepoch 4/30  left 6:30\n"
 
+    def test_steps_and_other_numbers(self, capsys: pytest.CaptureFixture[str]) -> None:
+        clock = Clock()
+        with ProgressBar(5, title="fit", unit="step", line_every=2, clock=clock) as bar:
+            for loss in (3.0, 2.0, float("nan"), 0.5, 0.25):
+                clock.now += 1
+                bar.advance(loss=loss, acc=0.5)
+        assert capsys.readouterr().err.splitlines() == [
+            "step 2/5  loss 2  acc 0.5  left 0:03",
+            "step 4/5  loss 0.5  acc 0.5  left 0:01",
+            "step 5/5  loss 0.25  acc 0.5  left 0:00",
+        ]
+
     def test_disabled(self, capsys: pytest.CaptureFixture[str]) -> None:
         with ProgressBar(3, enabled=False) as bar:
             bar.status("x")

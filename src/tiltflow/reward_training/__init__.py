@@ -1,1 +1,45 @@
 """Fits reward models, for images with text and for language, to preferences and ratings."""
+
+from tiltflow.reward_training.base import Batch, Examples, Fitting, Totals, TrainableRewardModel
+from tiltflow.reward_training.fit_config import (
+    FitConfig,
+    FitRunConfig,
+    KeepBestConfig,
+    RewardModelConfig,
+    RewardModelKind,
+)
+from tiltflow.reward_training.language import (
+    REWARD_MODEL_CLASS_DICT,
+    BinaryRankingRewardModel,
+    RegressionRewardModel,
+    RewardModelType,
+)
+from tiltflow.reward_training.language_build import build_language
+from tiltflow.reward_training.language_config import LanguageDataConfig, LanguageModelConfig, LanguageRunConfig
+from tiltflow.reward_training.losses import bradley_terry, masked_mse
+from tiltflow.reward_training.trainer import FitStep, RewardTrainer
+
+__all__ = [
+    "REWARD_MODEL_CLASS_DICT",
+    "Batch",
+    "BinaryRankingRewardModel",
+    "Examples",
+    "FitConfig",
+    "FitRunConfig",
+    "FitStep",
+    "Fitting",
+    "KeepBestConfig",
+    "LanguageDataConfig",
+    "LanguageModelConfig",
+    "LanguageRunConfig",
+    "RegressionRewardModel",
+    "RewardModelConfig",
+    "RewardModelKind",
+    "RewardModelType",
+    "RewardTrainer",
+    "Totals",
+    "TrainableRewardModel",
+    "bradley_terry",
+    "build_language",
+    "masked_mse",
+]

@@ -30,6 +30,7 @@ REWARDS: Mapping[str, str] = {
     "HPSv2": "tiltflow.rewards.clip_rewards:HPSv2Reward",
     "ImageReward": "tiltflow.rewards.image_reward:ImageRewardReward",
     "JPEGCompressibility": "tiltflow.rewards.jpeg:JPEGCompressibilityReward",
+    "LanguageReward": "tiltflow.rewards.language:LanguageReward",
     "OCR": "tiltflow.rewards.ocr:OCRReward",
     "PickScore": "tiltflow.rewards.clip_rewards:PickScoreReward",
     "PickScore_Rank": "tiltflow.rewards.clip_rewards:PickScoreRankReward",

@@ -290,27 +290,34 @@ def test_an_item_that_is_more_than_one_call_takes_fails_alone() -> None:
 
 @pytest.mark.slow
 def test_headers_that_do_not_end_are_cut_on_new_and_on_used_connections(server: Server) -> None:
-    new, used, idle = server.connect(), server.connect(), server.connect()
-    for connection in (used, idle):
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b"200 OK" in connection.recv(65536)
-    start = time.monotonic()
-    open_ones = {new, used}
-    for connection in open_ones:
-        connection.sendall(b"GET /livez HTTP/1.1\r\nX-Header: ")
-    while open_ones:
-        assert time.monotonic() - start < 20, open_ones
-        for connection in list(open_ones):
-            try:
-                connection.sendall(b"x")  # a header without an end
-                gone = bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1)
-            except OSError:
-                gone = True
-            if gone:
-                open_ones.remove(connection)
-        time.sleep(0.25)
-    assert time.monotonic() - start > 8
-    idle.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert b"200 OK" in idle.recv(65536)
-    for connection in (new, used, idle):
-        connection.close()
+    with server.connect() as new, server.connect() as used, server.connect() as idle:
+        for connection in (used, idle):
+            assert alive(connection)
+        start = time.monotonic()
+        open_ones = {new, used}
+        for connection in open_ones:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nX-Header: ")
+        while open_ones:
+            assert time.monotonic() - start < 20, open_ones
+            for connection in list(open_ones):
+                try:
+                    connection.sendall(b"x")  # a header without an end
+                    gone = bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1)
+                except OSError:
+                    gone = True
+                if gone:
+                    open_ones.remove(connection)
+            time.sleep(0.25)
+        assert time.monotonic() - start > 8
+        assert alive(idle)
+
+
+def alive(connection: socket.socket) -> bool:
+    """Ask over a connection whether the server is there, and read the reply to its end."""
+    connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+    reply = b""
+    while not reply.endswith(b'{"status":"ok"}'):
+        part = connection.recv(65536)
+        assert part, reply
+        reply += part
+    return reply.startswith(b"HTTP/1.1 200 OK")

@@ -1,0 +1,132 @@
+"""Pairs of texts of which people preferred one: two in a record, or two lines after each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tiltflow.data.records import BadRecord, LeftOut, Record, number_field, read_records, renamed, text_field
+
+Layout = Literal["auto", "pairs", "adjacent"]
+MARGINS = (-1e6, 1e6)  # what a margin may be
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two texts, or two conversations, and how surely which of them is the better.
+
+    Example: `Preference("2 + 2 = 4", "2 + 2 = 5", place="pairs.jsonl, line 1")`.
+    """
+
+    chosen: Any  # a string, or a tuple of messages
+    rejected: Any  # the same kind
+    place: str
+    margin: float | None = None  # by how much the chosen one is better
+    label: float = 1.0  # probability that the chosen one is the better; 0.5 is a tie
+    subset: str = ""
+
+
+def read_preferences(
+    source: str,
+    *,
+    left_out: LeftOut,
+    layout: Layout = "auto",
+    columns: Mapping[str, str] | None = None,
+    as_conversation: bool | Literal["prompted"] = False,
+) -> list[Preference]:
+    """Read preferences.
+
+    A record of layout `pairs` has `chosen` and `rejected`, each a text or a list of messages, and maybe `prompt` of the
+    same kind, which is put before both; `margin`; `label`; and `subset`. A record of layout `adjacent` has `text`, and
+    two after each other, the first and second, the third and fourth, are a chosen and a rejected one.
+
+    Args:
+        source: As for `read_records`.
+        left_out: Counts records that cannot be used, or raises at the first. Of two adjacent lines both are left out.
+        layout: `auto` takes `adjacent` if the first record has `text` and no `chosen`.
+        columns: Expected name -> the source's own, where they differ.
+        as_conversation: Make a conversation of a prompt and an answer that are texts: a user's and an assistant's
+            message. A text without prompt is then a bad record, unless `prompted` takes it as it is.
+
+    Raises:
+        DataError: The source cannot be read or is empty, or as `left_out` says.
+    """
+    records = [Record(r.place, renamed(r.values, columns or {}), r.problem) for r in read_records(source)]
+    if layout == "auto":
+        first = next((record.values for record in records if not record.problem), {})
+        layout = "adjacent" if "text" in first and "chosen" not in first else "pairs"
+    if layout == "adjacent":
+        return list(_adjacent(records, left_out))
+    return list(_pairs(records, left_out, as_conversation))
+
+
+def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool | str) -> Iterator[Preference]:
+    for record in records:
+        try:
+            if record.problem:
+                raise BadRecord("broken JSON", record.problem)
+            yield _checked(_from_pair(record, as_conversation))
+        except BadRecord as problem:
+            left_out.bad(record.place, problem)
+
+
+def _from_pair(record: Record, as_conversation: bool | str) -> Preference:
+    values = record.values
+    chosen, rejected = text_field(values, "chosen"), text_field(values, "rejected")
+    if values.get("prompt") is not None:
+        prompt = text_field(values, "prompt")
+        chosen, rejected = (_after(prompt, answer, bool(as_conversation)) for answer in (chosen, rejected))
+    elif as_conversation is True and isinstance(chosen, str):
+        raise BadRecord("missing key", "'prompt': a conversation is made of a prompt and an answer")
+    low, high = MARGINS
+    label = number_field(values, "label", low=0.0, high=1.0)
+    return Preference(
+        chosen,
+        rejected,
+        record.place,
+        margin=number_field(values, "margin", low=low, high=high),
+        label=1.0 if label is None else label,
+        subset=str(values.get("subset") or ""),
+    )
+
+
+def _after(prompt: Any, answer: Any, as_conversation: bool) -> Any:
+    """Return prompt and answer as one text or one conversation."""
+    if as_conversation:
+        start = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        return start + (({"role": "assistant", "content": answer},) if isinstance(answer, str) else answer)
+    if isinstance(prompt, str) != isinstance(answer, str):
+        raise BadRecord(
+            "mixed kinds",
+            "prompt and answers must all be texts or all be messages; as_conversation: true makes messages",
+        )
+    return prompt + answer
+
+
+def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preference]:
+    for start in range(0, len(records), 2):
+        pair = records[start : start + 2]
+        place = pair[0].place
+        try:
+            texts = []
+            for record in pair:
+                place = record.place
+                if record.problem:
+                    raise BadRecord("broken JSON", record.problem)
+                texts.append(text_field(record.values, "text"))
+            if len(pair) < 2:
+                raise BadRecord("no partner", "a chosen line without the rejected one that should follow")
+            chosen, rejected = texts
+            yield _checked(Preference(chosen, rejected, pair[0].place))
+        except BadRecord as problem:
+            left_out.bad(place, problem)
+
+
+def _checked(preference: Preference) -> Preference:
+    chosen, rejected = preference.chosen, preference.rejected
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRecord("mixed kinds", "chosen and rejected must both be texts or both be messages")
+    if not chosen or not rejected:
+        raise BadRecord("empty text", "chosen" if not chosen else "rejected")
+    if chosen == rejected:
+        raise BadRecord("identical chosen and rejected", "nothing can be learnt from it")
+    return preference

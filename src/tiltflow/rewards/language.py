@@ -1,0 +1,93 @@
+"""A language reward model as a reward: the score of a text."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from tiltflow.errors import RewardError
+from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
+from tiltflow.scorers import LanguageRewardModel
+from tiltflow.scorers.checkpoints import WeightsFolder
+from tiltflow.types import Config
+
+
+class LanguageRewardOptions(Config):
+    """Options of the language reward."""
+
+    model: str | None = None  # folder that `tiltflow train-reward` wrote, or a sequence classifier of the hub's cache
+    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text fails. None: what the network can read
+    mean: float = 0.0  # reward = (score - mean) / std
+    std: float = Field(default=1.0, gt=0)
+    attention: str | None = None  # transformers' attn_implementation
+
+
+class LanguageReward(PointwiseRewardModel):
+    """The score of each prompt's text, by a trained language reward model; no picture is looked at.
+
+    With several attributes the reward is their weighted sum, and `extra_info` holds each of them.
+    """
+
+    required_fields = ("prompt",)
+    Options = LanguageRewardOptions
+    needed_options = ("model",)
+
+    @classmethod
+    def published_weights(cls, options: LanguageRewardOptions) -> Sequence[Weights]:
+        """Return what is loaded."""
+        return () if options.model is None else (WeightsFolder(options.model),)
+
+    def __init__(self, config: RewardArguments, accelerator: Any = None):
+        """Load the model.
+
+        Raises:
+            RewardError: No model is named, or it cannot be loaded.
+        """
+        super().__init__(config, accelerator)
+        options: LanguageRewardOptions = self.options
+        if options.model is None:
+            raise RewardError(
+                f"reward {config.name!r}: model=None; name a folder that `tiltflow train-reward` wrote, or a sequence "
+                "classifier: a folder, or a hub repository in the cache"
+            )
+        self.scorer = LanguageRewardModel.from_pretrained(
+            options.model, attention=options.attention, device=self.device, dtype=self.dtype
+        )
+        self.scorer.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: list[str],
+        image: Any = None,
+        video: Any = None,
+        condition_images: Any = None,
+        condition_videos: Any = None,
+    ) -> RewardModelOutput:
+        """Score texts; one that is too long, or has no tokens, is a failure of its own."""
+        options: LanguageRewardOptions = self.options
+        limit = options.max_length or self.scorer.max_positions
+        rows: dict[int, list[int]] = {}
+        failures: dict[int, Exception] = {}
+        for place, text in enumerate(prompt):
+            try:
+                rows[place] = _checked(self.scorer.encode(text), limit)
+            except RewardError as error:
+                failures[place] = error
+        count = self.scorer.head.num_attributes
+        attributes = torch.full((len(prompt), count), math.nan, device=self.device)
+        attributes[list(rows)] = self.scorer.attributes(list(rows.values()))
+        rewards = (self.scorer.weighted(attributes) - options.mean) / options.std
+        if count == 1:
+            return RewardModelOutput(rewards, {}, failures)
+        names = self.scorer.classifier.config.id2label
+        info = {str(names[place]): attributes[:, place].tolist() for place in range(count)}
+        return RewardModelOutput(rewards, info, failures)
+
+
+def _checked(tokens: list[int], limit: int | None) -> list[int]:
+    if limit is not None and len(tokens) > limit:
+        raise RewardError(f"the text has {len(tokens)} tokens, more than {limit}; shorten it, or raise max_length")
+    return tokens

@@ -1,0 +1,233 @@
+"""Pairs and ratings from files: every layout, every defect with its line, and nothing that vanishes uncounted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiltflow.data.preferences import Preference, read_preferences
+from tiltflow.data.ratings import read_ratings
+from tiltflow.data.records import LeftOut, read_records
+from tiltflow.errors import DataError
+
+ASK = [{"role": "user", "content": "2 + 2?"}]
+RIGHT, WRONG = ([{"role": "assistant", "content": text}] for text in ("4", "5"))
+
+
+def write(path: Path, *lines) -> str:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def pairs(source: str, on_bad="error", **options) -> tuple[list[Preference], dict[str, int]]:
+    left_out = LeftOut(on_bad)
+    found = read_preferences(source, left_out=left_out, **options)
+    return found, dict(left_out.counts)
+
+
+def ratings(source: str, on_bad="error", **options):
+    left_out = LeftOut(on_bad)
+    found = read_ratings(source, left_out=left_out, **options)
+    return found, dict(left_out.counts)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_texts_with_and_without_prompt(tmp_path):
+    source = write(
+        tmp_path / "a.jsonl",
+        {"chosen": "yes", "rejected": "no"},
+        "",
+        {"prompt": "Q: ", "chosen": "yes", "rejected": "no", "margin": 2, "label": 0.75, "subset": "easy", "id": 7},
+    )
+    found, left_out = pairs(source)
+    assert found == [
+        Preference("yes", "no", f"{source}, line 1"),
+        Preference("Q: yes", "Q: no", f"{source}, line 3", margin=2.0, label=0.75, subset="easy"),
+    ]
+    assert left_out == {}
+
+
+def test_conversations_with_and_without_prompt(tmp_path):
+    source = write(
+        tmp_path / "a.jsonl",
+        {"chosen": ASK + RIGHT, "rejected": ASK + WRONG},
+        {"prompt": ASK, "chosen": RIGHT, "rejected": WRONG},
+    )
+    (implicit, explicit), _ = pairs(source)
+    assert implicit.chosen == explicit.chosen == tuple(ASK + RIGHT)
+    assert implicit.rejected == explicit.rejected == tuple(ASK + WRONG)
+
+
+def test_prompt_and_answers_become_conversations_if_asked(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
+    (found,), _ = pairs(source, as_conversation=True)
+    assert found.chosen == tuple(ASK + RIGHT) and found.rejected == tuple(ASK + WRONG)
+
+
+def test_adjacent_lines(tmp_path):
+    source = write(tmp_path / "a.jsonl", *({"text": text} for text in ("good", "bad", "right", "wrong")))
+    found, _ = pairs(source)
+    assert [(each.chosen, each.rejected, each.place) for each in found] == [
+        ("good", "bad", f"{source}, line 1"),
+        ("right", "wrong", f"{source}, line 3"),
+    ]
+
+
+def test_own_names_of_columns(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"better": "yes", "worse": "no", "chosen": "not this"})
+    (found,), _ = pairs(source, columns={"chosen": "better", "rejected": "worse"})
+    assert (found.chosen, found.rejected) == ("yes", "no")
+
+
+def test_tables_and_folders_give_what_lines_give(tmp_path):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"chosen": f"yes {n}", "rejected": "no", "prompt": None} for n in range(3)]
+    table = pa.Table.from_pylist(rows)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    pq.write_table(table.slice(0, 2), folder / "0.parquet")
+    with pa.OSFile(str(folder / "1.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table.slice(2, 1))
+    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    expected = [(row["chosen"], row["rejected"]) for row in rows]
+    for source in (folder, tmp_path / "stream.arrow", tmp_path / "saved"):
+        found, _ = pairs(str(source))
+        assert [(each.chosen, each.rejected) for each in found] == expected
+    assert found[2].place == f"{tmp_path / 'saved'}, row 3"
+
+
+def test_ratings_as_lists_and_by_name(tmp_path):
+    source = write(
+        tmp_path / "a.jsonl",
+        {"text": "a", "label": [1, -100]},
+        {"prompt": "b", "response": "c", "kind": 2.5, "long": None},
+        {"text": ASK + RIGHT, "label": [None, 3]},
+    )
+    found, left_out = ratings(source, attributes=2, names=("kind", "long"), label_range=(0, 4))
+    assert [each.labels for each in found] == [(1.0, -100.0), (2.5, -100.0), (-100.0, 3.0)]
+    assert [each.text for each in found] == ["a", "bc", tuple(ASK + RIGHT)]
+    assert left_out == {}
+    (one,), _ = ratings(write(tmp_path / "b.jsonl", {"text": "a", "label": 3}), attributes=1)
+    assert one.labels == (3.0,)
+
+
+# --- defects ---------------------------------------------------------------------------------------------------------
+
+GOOD = {"chosen": "yes", "rejected": "no"}
+BAD_PAIRS = [
+    ('{"chosen": "yes", ', "broken JSON", "not valid JSON: Expecting property name"),
+    ("[1, 2]", "broken JSON", "an object is needed"),
+    ({"chosen": "yes"}, "missing key", "'rejected' is not among chosen"),
+    ({"chosen": "yes", "rejected": 3}, "no text", "'rejected' must be a text, or messages"),
+    ({"chosen": "yes", "rejected": [{"role": "user"}]}, "no text", "'rejected' must be a text, or messages"),
+    ({"chosen": "same", "rejected": "same"}, "identical chosen and rejected", "nothing can be learnt"),
+    ({"chosen": "", "rejected": "no"}, "empty text", "chosen"),
+    ({"chosen": "yes", "rejected": ASK}, "mixed kinds", "chosen and rejected must both be texts"),
+    ({**GOOD, "prompt": ASK}, "mixed kinds", "prompt and answers must all be texts"),
+    ({**GOOD, "label": 1.5}, "label out of range", "label is 1.5; legal: 0 to 1"),
+    ({**GOOD, "margin": "much"}, "no number", "margin is 'much'"),
+    ({**GOOD, "margin": float("nan")}, "no number", "margin is nan"),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "message"), BAD_PAIRS)
+def test_bad_pair_is_an_error_with_its_line_or_a_counted_skip(tmp_path, line, kind, message):
+    source = write(tmp_path / "a.jsonl", GOOD, line, GOOD)
+    with pytest.raises(DataError) as error:
+        pairs(source)
+    assert str(error.value).startswith(f"{source}, line 2: {kind}: ")
+    assert message in str(error.value) and "on_bad_record: skip" in str(error.value)
+    found, left_out = pairs(source, on_bad="skip")
+    assert [each.place for each in found] == [f"{source}, line 1", f"{source}, line 3"]
+    assert left_out == {kind: 1}
+
+
+def test_a_bad_adjacent_line_takes_its_partner_with_it_and_no_other(tmp_path):
+    lines = [{"text": text} for text in ("good", "bad", "right", "wrong", "up", "down", "alone")]
+    source = write(tmp_path / "a.jsonl", *lines[:3], "broken", *lines[4:])
+    with pytest.raises(DataError, match=r"line 4: broken JSON"):
+        pairs(source)
+    found, left_out = pairs(source, on_bad="skip")
+    assert [(each.chosen, each.rejected) for each in found] == [("good", "bad"), ("up", "down")]
+    assert left_out == {"broken JSON": 1, "no partner": 1}
+
+
+BAD_RATINGS = [
+    ({"text": "a"}, "missing key", "'label' is not among text"),
+    ({"label": [1, 2]}, "missing key", "'text' is not among label"),
+    ({"text": "a", "label": [1]}, "wrong number of ratings", "num_attributes=2 numbers are needed"),
+    ({"text": "a", "label": [1, 5]}, "label out of range", "label[1] is 5; legal: 0 to 4"),
+    ({"text": "a", "label": [1, "x"]}, "no number", "label[1] is 'x'"),
+    ({"text": "a", "label": [-100, None]}, "no rating", "all of them are missing"),
+    ({"text": "", "label": [1, 2]}, "empty text", ""),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "message"), BAD_RATINGS)
+def test_bad_rating_is_an_error_with_its_line_or_a_counted_skip(tmp_path, line, kind, message):
+    good = {"text": "b", "label": [0, 4]}
+    source = write(tmp_path / "a.jsonl", good, line)
+    with pytest.raises(DataError) as error:
+        ratings(source, attributes=2, label_range=(0, 4))
+    assert str(error.value).startswith(f"{source}, line 2: {kind}")
+    assert message in str(error.value)
+    found, left_out = ratings(source, on_bad="skip", attributes=2, label_range=(0, 4))
+    assert len(found) == 1 and left_out == {kind: 1}
+
+
+def test_sources_that_are_none(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="is empty: it holds no record"):
+        read_records(write(tmp_path / "empty.jsonl", "", " "))
+    for missing in ("no.jsonl", "./nowhere", "nowhere"):
+        with pytest.raises(DataError, match="no such file or folder; a data set of the hub is written owner/name@"):
+            read_records(missing)
+    with pytest.raises(DataError, match=r"ends in '\.csv'; it must be one of \.jsonl, \.parquet, \.arrow"):
+        read_records(write(tmp_path / "a.csv", "chosen,rejected"))
+    with pytest.raises(DataError, match="the folder has no file that ends in"):
+        (tmp_path / "folder").mkdir()
+        read_records(str(tmp_path / "folder"))
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_records(write(tmp_path / name, "nonsense"))
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_records(str(tmp_path / "bytes.jsonl"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'tiltflow\[datasets\]'"):
+        read_records("owner/name@test")
+
+
+def test_hub_data_sets_are_asked_for_by_name_config_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("owner/name", "owner/name@test", "owner/name:small@test[:10%]"):
+        (record,) = read_records(source)
+        assert (record.place, dict(record.values)) == (f"{source}, row 1", GOOD)
+    assert asked == [
+        ("owner/name", None, "train"),
+        ("owner/name", None, "test"),
+        ("owner/name", "small", "test[:10%]"),
+    ]
+
+
+def test_splits_of_a_saved_folder_are_named(tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([GOOD])}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="holds splits; give the folder of one: test"):
+        read_records(str(tmp_path / "saved"))
