@@ -20,8 +20,8 @@ def entry(prompt: str = "", *, side: int = 0, deadline: float = 60.0, closed: li
     return Entry(sample, future, deadline=time.monotonic() + deadline, closed=lambda: told.append(prompt))
 
 
-def unit(*entries: Entry, priority: int = 0, group: bool = False) -> Unit:
-    return Unit(entries, priority=priority, group=group)
+def unit(*entries: Entry, priority: int = 0, alone: bool = False) -> Unit:
+    return Unit(entries, priority=priority, alone=alone)
 
 
 def prompts(batch: list[Entry]) -> list[str]:
@@ -85,7 +85,7 @@ def test_every_unit_comes_out_once_whole_in_order_and_within_the_limits(seed: in
             group = chance.random() < 0.2
             count = chance.randrange(1, 6) if group else 1
             entries = [entry(str(number), side=chance.choice([2, 4])) for _ in range(count)]
-            units[number] = unit(*entries, priority=chance.randrange(3), group=group)
+            units[number] = unit(*entries, priority=chance.randrange(3), alone=group)
             queue.push([units[number]])
         popped: list[int] = []
         while batch := queue.pop(items=7, pixels=60):

@@ -62,7 +62,10 @@ def test_three_crashes_fail_the_model(prompt: str) -> None:
         async with serving() as model:
             for crash in range(3):
                 await model.wait_ready()
-                first, later = submit(model, [prompt, "1"])[0], submit(model, [Sample(image=None, meta={"a": 1})])[0]
+                first, later = (
+                    submit(model, [f"{prompt}={crash}", "1"])[0],
+                    submit(model, [Sample(image=None, meta={"a": 1})])[0],
+                )
                 assert codes([await first]) == ["worker_lost"]
                 assert codes([await later]) == ["" if crash < 2 else "model_failed"]
             assert model.state == model.info.state == "FAILED"
@@ -83,10 +86,10 @@ def test_crashes_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def test() -> None:
         async with serving() as model:
-            for _ in range(4):
+            for crash in range(4):
                 await model.wait_ready()
                 await asyncio.sleep(0.35)
-                assert codes(await ask(model, ["die"])) == ["worker_lost"]
+                assert codes(await ask(model, [f"die={crash}"])) == ["worker_lost"]
             await until(lambda: model.state == "READY")
 
     run(test())
@@ -208,6 +211,34 @@ def test_the_state_while_it_loads() -> None:
         await model.wait_ready()
         assert codes(await ask(model, ["1"])) == [""]
         await model.stop(drain_seconds=1.0)
+
+    run(test())
+
+
+def test_a_model_that_is_never_ready_has_failed() -> None:
+    async def test() -> None:
+        model = ServedModel("m", ScorerSource(Slow, {"load": 60.0}), load_seconds=1.5)
+        await model.start()
+        begun = time.monotonic()
+        with pytest.raises(WireError, match="the model was not made within") as caught:
+            await model.wait_ready()
+        assert caught.value.code == "model_failed" and 1.4 < time.monotonic() - begun < 6.0
+        assert worker_pids() == []
+        await model.stop(drain_seconds=0.0)
+
+    run(test())
+
+
+def test_what_waits_is_told_when_the_last_worker_fails_while_the_model_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "CRASHES", 1)
+
+    async def test() -> None:
+        async with serving(batch_size=1) as model:
+            waiting = submit(model, ["sleep=0.3", "die", "1", "2"])
+            begun = time.monotonic()
+            await model.stop(drain_seconds=20.0)
+            assert time.monotonic() - begun < 5.0
+            assert codes(await asyncio.gather(*waiting)) == ["", "worker_lost", "model_failed", "model_failed"]
 
     run(test())
 

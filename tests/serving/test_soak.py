@@ -8,7 +8,6 @@ import signal
 import statistics
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from tests.serving.helpers import is_running
 from tests.serving.http.servers import Server, at_once, running
-from tests.serving.http.soak_clients import Tally, keyed, own_client, rude_client
+from tests.serving.http.soak_clients import Tally, body_of, keyed, make, own_client, rude_client
 from tiltflow.serving import wire
 from tiltflow.serving.idempotency import KEPT_ENTRIES
 
@@ -32,14 +31,18 @@ MEMORY = "memfd:tiltflow"
 
 
 def fill_replies(server: Server) -> None:
-    """Fill what the server keeps of old replies, with some as long as those to come: until then it may grow."""
+    """Let the replies that the server keeps turn over three times: until then its heap grows around them."""
+    bodies = [
+        body_of([make(random.Random(f"{number} {place}"), kinds=("good",)) for place in range(number % 8 + 1)])
+        for number in range(200)
+    ]
 
     def ask(_: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        for _ in range(KEPT_ENTRIES // 4):
-            items = [{"id": uuid.uuid4().hex, "prompt": "good"}] * random.randint(1, 9)
-            connection.request("POST", wire.SCORE_PATH, json.dumps({"items": items}), keyed())
-            assert json.loads(connection.getresponse().read())["counts"]["ok"] == len(items)
+        for _ in range(3 * KEPT_ENTRIES // 4):
+            body = random.choice(bodies)
+            connection.request("POST", wire.SCORE_PATH, body, keyed())
+            assert not json.loads(connection.getresponse().read())["counts"]["error"]
         connection.close()
 
     at_once(4, ask)

@@ -23,6 +23,7 @@ def run_serving(
     replicas: int,
     batch_size: int,
     batch_seconds: float,
+    load_seconds: float,
     limits: Sequence[str],
     drain_seconds: float,
     engine: Literal["http", "ray"] = "http",
@@ -39,6 +40,7 @@ def run_serving(
         replicas: Worker processes of each reward.
         batch_size: Samples per call of rewards that do not set their own.
         batch_seconds: After so long a call counts as hung.
+        load_seconds: After so long without being ready a model counts as failed.
         limits: `name=value`, of `Limits`.
         drain_seconds: After SIGTERM, for what is in flight.
         engine: "http": one server, in this process; "ray": as many as the load asks for, on Ray Serve.
@@ -54,7 +56,15 @@ def run_serving(
     settings = ServerSettings(
         host=host, port=port, token=token, insecure=insecure, limits=read_limits(limits), drain_seconds=drain_seconds
     )
-    _start(arguments, settings, replicas=replicas, batch_seconds=batch_seconds, engine=engine, scaling=scaling)
+    _start(
+        arguments,
+        settings,
+        replicas=replicas,
+        batch_seconds=batch_seconds,
+        load_seconds=load_seconds,
+        engine=engine,
+        scaling=scaling,
+    )
 
 
 def _start(
@@ -63,6 +73,7 @@ def _start(
     *,
     replicas: int,
     batch_seconds: float,
+    load_seconds: float,
     engine: Literal["http", "ray"],
     scaling: Mapping[str, Any],
 ) -> None:
@@ -80,6 +91,7 @@ def _start(
             replicas=replicas,
             batch_size=entry.batch_size,
             batch_seconds=batch_seconds,
+            load_seconds=load_seconds,
         )
         for entry in arguments
     ]

@@ -4,7 +4,8 @@ Their clients know scores or failure and nothing in between, so one failed item 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -54,8 +55,7 @@ class Adapters:
     async def compute(self, request: Request) -> Response:
         """Answer `POST /compute` with `{"rewards": [...]}`; a groupwise model takes the request as one group."""
         try:
-            body = await self._body(request, ComputeBody)
-            rewards = await self._rewards(request, _compute_items(body))
+            rewards = await self._rewards(request, ComputeBody, _compute_items)
         except WireError as error:
             return _failure(error, request)
         return Response(dump({"rewards": rewards}), media_type=JSON)
@@ -63,26 +63,31 @@ class Adapters:
     async def get_reward(self, request: Request) -> Response:
         """Answer `POST /get_reward` with `{"rewards": [...], "scores": [...], "extra_logs": {}}`."""
         try:
-            body = await self._body(request, GetRewardBody)
-            rewards = await self._rewards(request, _text_items(body))
+            rewards = await self._rewards(request, GetRewardBody, _text_items)
         except WireError as error:
             return _failure(error, request)
         return Response(dump({"rewards": rewards, "scores": rewards, "extra_logs": {}}), media_type=JSON)
 
-    async def _body(self, request: Request, schema: type[Any]) -> Any:
+    async def _items(self, request: Request, schema: type[_Body], itemise: Callable[[Any], list[Item]]) -> list[Item]:
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         if kind != JSON:
             raise WireError("unsupported_media", f"Content-Type is {kind!r}; send {JSON}", param="Content-Type")
-        return read_json(await read_body(request.receive), schema)
+        body = await read_body(request.receive)
+        return await self._service.reader.parse(len(body), lambda: itemise(read_json(body, schema)))
 
-    async def _rewards(self, request: Request, items: Sequence[Item]) -> list[float]:
+    async def _rewards(
+        self, request: Request, schema: type[_Body], itemise: Callable[[Any], list[Item]]
+    ) -> list[float]:
+        context = self._service.context(request)
+        items = await self._items(request, schema, itemise)
         name = request.query_params.get("model")
         if name is None and len(self._service.models) > 1:
             names = ", ".join(self._service.models)
             raise WireError("invalid_request", f"add ?model= to the address: one of {names}", param="model")
-        scored = ScoreRequest(models=[name] if name else [], items=list(items), partial="forbid")
-        parsed: Parsed = await self._service.reader.samples(scored, {})
-        outcome = await self._service.scored(request, self._service.context(request), parsed)
+        scored = ScoreRequest(models=[name] if name else [], items=items, partial="forbid")
+        admit = partial(self._service.admit, context)
+        parsed: Parsed = await self._service.reader.samples(scored, {}, admit=admit, hold=context.hold)
+        outcome = await self._service.scored(request, context, parsed)
         if outcome.error is not None:
             raise outcome.error
         model = str(outcome.models[0]["name"])

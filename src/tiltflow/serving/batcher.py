@@ -65,11 +65,11 @@ class Unit:
 
     __slots__ = ("entries", "key", "nbytes", "pixels", "priority")
 
-    def __init__(self, entries: Sequence[Entry], *, priority: int, group: bool):
-        """Keep entries of one submission; those of a group need not share a shape, and it goes alone."""
+    def __init__(self, entries: Sequence[Entry], *, priority: int, alone: bool):
+        """Keep entries of one submission; in a call of its own they need not share a shape, as those of a group."""
         self.entries = entries
         self.priority = priority
-        self.key: tuple[Any, ...] | None = None if group else entries[0].sample.shape_key
+        self.key: tuple[Any, ...] | None = None if alone else entries[0].sample.shape_key
         self.pixels = sum(entry.pixels for entry in entries)
         self.nbytes = sum(entry.nbytes for entry in entries)
 

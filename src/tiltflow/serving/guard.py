@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import re
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -36,11 +37,12 @@ class ClientGone(Exception):
 
 
 class ByteBudget:
-    """Bytes of all bodies that are held at one time."""
+    """Bytes that all requests hold at one time: their bodies, and the pixels of their pictures. Threads share it."""
 
     def __init__(self, size: int):
         """Allow `size` bytes."""
         self._size = size
+        self._lock = threading.Lock()
         self.used = 0
 
     def take(self, count: int) -> None:
@@ -49,14 +51,16 @@ class ByteBudget:
         Raises:
             WireError: `overloaded`.
         """
-        if self.used + count > self._size:
-            message = f"bodies of {self.used} bytes are in flight; the most are {self._size}"
-            raise WireError("overloaded", message, retry_after_ms=RETRY_MS)
-        self.used += count
+        with self._lock:
+            if self.used + count > self._size:
+                message = f"requests hold {self.used} bytes, and {count} more would be over the {self._size} allowed"
+                raise WireError("overloaded", message, retry_after_ms=RETRY_MS)
+            self.used += count
 
     def give(self, count: int) -> None:
         """Give back what was taken."""
-        self.used -= count
+        with self._lock:
+            self.used -= count
 
 
 class Body:
@@ -70,6 +74,8 @@ class Body:
         self._budget = budget
         self._declared = 0
         self._held = 0
+        self._released = False
+        self._lock = threading.Lock()
         declared = headers.get(b"content-length")
         self._chunked = declared is None and b"transfer-encoding" in headers
         self.finished = not self._chunked and declared in (None, b"0")  # nothing more comes
@@ -93,7 +99,7 @@ class Body:
         if len(declared) > _LENGTH_DIGITS or int(declared) > self._limits.body_bytes:
             raise self._too_large(f"{declared} bytes are declared")
         self._declared = int(declared)
-        self._hold(self._declared)
+        self.hold(self._declared)
 
     async def __call__(self) -> Message:
         """Return the body, and after it what the connection tells."""
@@ -102,10 +108,23 @@ class Body:
         content = await self._all()
         return {"type": "http.request", "body": content, "more_body": False}
 
+    def hold(self, count: int) -> None:
+        """Count bytes that live as long as the request; a thread may do so. Nothing is counted after its end.
+
+        Raises:
+            WireError: `overloaded`: all requests together would hold too much.
+        """
+        with self._lock:
+            if not self._released:
+                self._budget.take(count)
+                self._held += count
+
     def release(self) -> None:
-        """Stop counting the body."""
-        self._budget.give(self._held)
-        self._held = 0
+        """Stop counting what the request holds."""
+        with self._lock:
+            self._released = True
+            self._budget.give(self._held)
+            self._held = 0
 
     async def discard(self) -> None:
         """Read a little of what still comes: a connection that is closed on a sender loses the answer."""
@@ -132,7 +151,7 @@ class Body:
                     return_memory()
                     raise self._too_large(f"more than {self._limits.body_bytes} bytes came")
                 if self._chunked:
-                    self._hold(len(chunk))
+                    self.hold(len(chunk))
                     scope.deadline = start + self._seconds(size)
                 chunks.append(chunk)
                 self.finished = not message.get("more_body", False)
@@ -140,10 +159,6 @@ class Body:
             message = f"{size} bytes of the body came in {anyio.current_time() - start:.1f} s; send it sooner"
             raise WireError("body_timeout", message)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _hold(self, count: int) -> None:
-        self._budget.take(count)
-        self._held += count
 
     def _seconds(self, size: int) -> float:
         return self._limits.body_seconds + size / 2**20
@@ -189,6 +204,7 @@ class Guard:
         state["request_id"] = told if _PLAIN_ID.fullmatch(told) else next(self._ids)
         state["start"] = time.monotonic()
         body = Body(headers, receive, limits=self._limits, budget=self._budget)
+        state["hold"] = body.hold
 
         async def answer(message: Message) -> None:
             await self._send(scope, body, send, message)
@@ -247,7 +263,7 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def finish_or_gone(task: "asyncio.Task[Any]", receive: Receive, *, seconds: float) -> Any:
+async def finish_or_gone(task: "asyncio.Future[Any]", receive: Receive, *, seconds: float) -> Any:
     """Return a task's result, unless the client leaves before.
 
     Raises:

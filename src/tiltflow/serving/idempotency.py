@@ -33,12 +33,17 @@ Work = Callable[[], Coroutine[Any, Any, Reply]]
 
 
 @dataclass
-class _Entry:
+class _Running:
     digest: bytes
-    task: "asyncio.Task[Reply]"
+    task: "asyncio.Future[Reply]"
     waiting: int = 0
-    expires: float = 0.0  # on the monotonic clock; set when it is done
-    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    digest: bytes
+    reply: Reply
+    expires: float  # on the monotonic clock
 
 
 class Replies:
@@ -49,14 +54,14 @@ class Replies:
         self._most = entries
         self._seconds = seconds
         self._room = size
-        self._running: dict[str, _Entry] = {}
-        self._done: OrderedDict[str, _Entry] = OrderedDict()  # the oldest first
+        self._running: dict[str, _Running] = {}
+        self._done: OrderedDict[str, _Kept] = OrderedDict()  # the oldest first
 
     def __len__(self) -> int:
         return len(self._running) + len(self._done)
 
     @contextmanager
-    def join(self, key: str | None, digest: bytes, work: Work) -> "Iterator[asyncio.Task[Reply]]":
+    def join(self, key: str | None, digest: bytes, work: Work) -> "Iterator[asyncio.Future[Reply]]":
         """Start the work, or join what was started for the same key.
 
         On leaving, the work is cancelled if it is not done and nobody else waits for it.
@@ -70,12 +75,16 @@ class Replies:
             WireError: `idempotency_conflict`: the key was used for another body.
         """
         self._expire()
-        entry = self._running.get(key) or self._done.get(key) if key is not None else None
-        if entry is not None and entry.digest != digest:
+        known = self._running.get(key) or self._done.get(key) if key is not None else None
+        if known is not None and known.digest != digest:
             message = f"{KEY_HEADER} {key!r} was used for another body; use a new key for a new request"
             raise WireError("idempotency_conflict", message, param=KEY_HEADER)
-        if entry is None:
-            entry = self._begin(key, digest, work)
+        if isinstance(known, _Kept):
+            done: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            done.set_result(known.reply)
+            yield done
+            return
+        entry = known or self._begin(key, digest, work)
         entry.waiting += 1
         try:
             yield entry.task
@@ -86,21 +95,20 @@ class Replies:
                     self._running.pop(key, None)
                 entry.task.cancel()
 
-    def _begin(self, key: str | None, digest: bytes, work: Work) -> _Entry:
-        entry = _Entry(digest, asyncio.ensure_future(work()))
+    def _begin(self, key: str | None, digest: bytes, work: Work) -> _Running:
+        entry = _Running(digest, asyncio.ensure_future(work()))
         if key is None:
             return entry
         self._running[key] = entry
 
-        def finished(task: "asyncio.Task[Reply]") -> None:
+        def finished(task: "asyncio.Future[Reply]") -> None:
             if self._running.get(key) is not entry:
                 return
             del self._running[key]
             if not task.cancelled() and task.exception() is None and task.result().final:
-                entry.expires = time.monotonic() + self._seconds
-                entry.size = len(task.result().body)
-                self._room -= entry.size
-                self._done[key] = entry
+                reply = task.result()
+                self._room -= len(reply.body)
+                self._done[key] = _Kept(digest, reply, time.monotonic() + self._seconds)
 
         entry.task.add_done_callback(finished)
         return entry
@@ -112,4 +120,4 @@ class Replies:
             if entry.expires > time.monotonic() and len(self._done) <= self._most and self._room >= 0:
                 return
             del self._done[key]
-            self._room += entry.size
+            self._room += len(entry.reply.body)

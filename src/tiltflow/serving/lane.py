@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 from tiltflow.serving.batcher import Budget, Entry, Pace, Queue
-from tiltflow.serving.jobs import Scored, ScorerSource
+from tiltflow.serving.jobs import Sample, Scored, ScorerSource
 from tiltflow.serving.metrics import Metrics
-from tiltflow.serving.replica import Answer, Replica
+from tiltflow.serving.replica import LOST, OVERDUE, Answer, Replica
+from tiltflow.serving.suspects import Suspects
 from tiltflow.serving.wire import CODES, ModelInfo, WireError
 
 _log = logging.getLogger(__name__)
@@ -32,9 +33,11 @@ class Lane:
         *,
         queue: Queue,
         pace: Pace,
+        suspects: Suspects,
         batch_size: int | None,
         batch_pixels: int,
         batch_seconds: float,
+        load_seconds: float,
         metrics: Metrics,
         changed: Callable[[], None],
     ):
@@ -45,9 +48,11 @@ class Lane:
             source: How the worker makes it.
             queue: Of the model, shared by its lanes.
             pace: Of the model, shared by its lanes.
+            suspects: Of the model, shared by its lanes.
             batch_size: Most samples of one call; None takes the model's own.
             batch_pixels: Most pixels of one call.
             batch_seconds: How long one call may take.
+            load_seconds: How long the making of the model may take.
             metrics: Told of every call.
             changed: Called after every change of `state`.
         """
@@ -57,9 +62,10 @@ class Lane:
         self.busy_since: float | None = None
         self.wake = asyncio.Event()  # something was queued, or the worker was lost
         self._name = name
-        self._replica = Replica(name, source, lost=self.wake.set)
+        self._replica = Replica(name, source, load_seconds=load_seconds, lost=self.wake.set)
         self._queue = queue
         self._pace = pace
+        self._suspects = suspects
         self._batch_size = batch_size
         self._batch_pixels = batch_pixels
         self._batch_seconds = batch_seconds
@@ -137,7 +143,7 @@ class Lane:
 
     async def _score(self, batch: Sequence[Entry]) -> None:
         """Answer every sample of a batch."""
-        whole = self.info is not None and self.info.groupwise
+        whole = self._whole
         parts = deque([batch])
         again = False  # the part before was too much for the memory and could not be halved
         while parts:
@@ -157,11 +163,31 @@ class Lane:
             again = False
             if answer.kind == "scores":
                 self._budget.grow()
+                for unit in self._samples(part):
+                    self._suspects.acquit(unit)
                 self._assign(part, answer, begun)
             elif answer.kind in ("oom", "scorer_error") and len(part) > 1 and not whole:
                 parts.extendleft(_halves(part))
             else:
+                if answer.kind in (LOST, OVERDUE) and answer.begun:
+                    answer = self._accuse(part, answer)
                 self._fail(part, answer)
+
+    @property
+    def _whole(self) -> bool:
+        return self.info is not None and self.info.groupwise
+
+    def _samples(self, part: Sequence[Entry]) -> list[list[Sample]]:
+        """Return what the calls of a part stand or fall with: its samples, or its only group."""
+        samples = [entry.sample for entry in part]
+        return [samples] if self._whole else [[sample] for sample in samples]
+
+    def _accuse(self, part: Sequence[Entry], answer: Answer) -> Answer:
+        """Note whom the worker died with; one that was to blame for sure gets an answer that is final."""
+        if not self._suspects.accuse(self._samples(part)):
+            return answer
+        self._replica.excuse()
+        return Answer("scorer_error", f"{answer.message}; it is the second time with this sample, and it was alone")
 
     def _wanted(self, part: Sequence[Entry], whole: bool) -> Sequence[Entry]:
         """Leave out what nobody waits for any more; a group stays whole while one of it is wanted."""

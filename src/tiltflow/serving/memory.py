@@ -20,6 +20,8 @@ from tiltflow.serving.wire import Pixels
 
 ALIGNMENT = 64
 PAGE = 2**20  # the file grows by multiples of it
+LOOK_EVERY = 64  # batches, after which memory that none of them needed goes back to the system
+SPARE = 16 * 2**20  # bytes that are kept all the same
 
 Spec = list[Any]  # ["u1" or "f4", *shape] of one array
 Layout = list[Any]  # image, video, condition images, condition videos of one sample: None, a Spec or a list of them
@@ -35,6 +37,9 @@ class Arena:
         self._map: mmap.mmap | None = None
         self._copy = bytearray()  # the reader's own memory
         self._loan: weakref.ref[Pixels] | None = None  # alive while an array in `_copy` is
+        self._puts = 0  # batches since the last look at what is needed
+        self._peak = 0  # bytes of the largest batch since then
+        self._touched = 0  # bytes that a batch has been written to
         self.size = 0  # bytes that are mapped
         self.used = 0  # bytes of the batch that was put last
 
@@ -72,6 +77,7 @@ class Arena:
         for array in arrays:
             np.copyto(np.ndarray(array.shape, _kind(array), buffer=self._map, offset=offset), array)
             offset += _aligned(array.nbytes)
+        self._let_go()
         layouts = [_layout(sample) for sample in samples]
         return layouts[:1] if layouts.count(layouts[0]) == len(layouts) else layouts
 
@@ -115,7 +121,8 @@ class Arena:
         Numpy gives all arrays made from the returned one that one as their base, so it lives as long as any of them.
         """
         kept = self._loan is not None and self._loan() is not None
-        if kept or len(self._copy) < used:
+        wasteful = self._needed(used, held=len(self._copy)) is not None
+        if kept or wasteful or len(self._copy) < used:
             self._copy = bytearray(used)
         loan = np.frombuffer(self._copy, np.uint8)
         self._loan = weakref.ref(loan)
@@ -128,6 +135,24 @@ class Arena:
             size = -(-max(size, self.size * 3 // 2) // PAGE) * PAGE
             os.ftruncate(self._descriptor, size)
             self._map_to(size)
+
+    def _needed(self, used: int, *, held: int) -> int | None:
+        """Count a batch; every so many of them, return what the largest needed, if far more than that is held."""
+        self._puts += 1
+        self._peak = max(self._peak, used)
+        if self._puts < LOOK_EVERY:
+            return None
+        peak, self._puts, self._peak = self._peak, 0, 0
+        return peak if held > 4 * peak + SPARE else None
+
+    def _let_go(self) -> None:
+        """Give memory back that a large batch took once; the mapping stays, and is filled again when it is written."""
+        self._touched = max(self._touched, self.used)
+        needed = self._needed(self.used, held=self._touched)
+        if needed is not None and sys.platform == "linux" and self._map is not None:
+            kept = -(-needed // PAGE) * PAGE
+            self._map.madvise(mmap.MADV_REMOVE, kept, self.size - kept)
+            self._touched = kept
 
     def _map_to(self, size: int) -> None:
         if size > self.size:

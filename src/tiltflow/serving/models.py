@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 from tiltflow.serving.batcher import Entry, Pace, Queue, Unit, batches_until
 from tiltflow.serving.jobs import Sample, Scored, ScorerSource
 from tiltflow.serving.lane import Lane
 from tiltflow.serving.metrics import Metrics, NoMetrics
+from tiltflow.serving.suspects import Suspects
 from tiltflow.serving.wire import Limits, ModelInfo, WireError
 
 State: TypeAlias = Literal["LOADING", "READY", "FAILED", "DRAINING"]
@@ -18,6 +19,7 @@ BATCH_PIXELS = (
 )  # of one call, where nothing else is said: 64 pictures of 1024 x 1024, or one video of 81 frames
 RETRY_MS = 1000  # until a client asks again, where nothing better is known
 EXIT_SECONDS = 2.0  # for a worker process to end by itself
+LOAD_SECONDS = 1800.0  # for a model to be made; large ones come over slow disks
 
 
 class ServedModel:
@@ -33,6 +35,7 @@ class ServedModel:
         limits: Limits = Limits(),  # noqa: B008 (frozen)
         batch_pixels: int | None = None,
         batch_seconds: float = 60.0,
+        load_seconds: float = LOAD_SECONDS,
         metrics: Metrics | None = None,
     ):
         """Describe a model; `start` makes it.
@@ -45,14 +48,13 @@ class ServedModel:
             limits: What the server takes; here `queue_items` counts.
             batch_pixels: Most pixels of one call; a sample (or a group) with more is refused.
             batch_seconds: How long a call may take before its worker is killed and replaced.
+            load_seconds: How long the making of the model may take before it counts as failed.
             metrics: Told of everything that happens.
 
         Raises:
             WireError: `replicas` or `batch_size` is below 1.
         """
-        for field, value in (("replicas", replicas), ("batch_size", batch_size), ("batch_pixels", batch_pixels)):
-            if value is not None and value < 1:
-                raise WireError("invalid_request", f"{field} is {value}; it must be 1 or more", param=field)
+        _check_settings(replicas=replicas, batch_size=batch_size, batch_pixels=batch_pixels)
         self.name = name
         self._limits = limits
         self._batch_size = batch_size
@@ -60,6 +62,7 @@ class ServedModel:
         self._metrics: Metrics = metrics or NoMetrics()
         self._queue = Queue(lambda items, nbytes: self._metrics.queue(name, items, nbytes))
         self._pace = Pace()
+        self._suspects = Suspects()
         self._stopping = False
         self._open = 0  # submitted samples that are not settled
         self._known = asyncio.Event()  # the state is not LOADING
@@ -69,9 +72,11 @@ class ServedModel:
                 source,
                 queue=self._queue,
                 pace=self._pace,
+                suspects=self._suspects,
                 batch_size=batch_size,
                 batch_pixels=self._batch_pixels,
                 batch_seconds=batch_seconds,
+                load_seconds=load_seconds,
                 metrics=self._metrics,
                 changed=self._refresh,
             )
@@ -142,25 +147,55 @@ class ServedModel:
                 is full or moves too slowly for the deadline; `invalid_item`: a sample is larger than any batch, or has
                 no group where the model needs one.
         """
+        self.admit(len(samples), deadline=deadline, priority=priority)
+        if not samples:
+            return []
+        groups = self._grouped(samples)
+        for places in groups:
+            why = self.too_large([samples[place] for place in places])
+            if why is not None:
+                raise WireError("invalid_item", why, param=f"items[{places[0]}]")
+        entries = self._entries(samples, deadline)
+        self._queue.push(list(self._units([[entries[place] for place in places] for places in groups], priority)))
+        for lane in self._lanes:
+            lane.wake.set()
+        return [entry.future for entry in entries]
+
+    def admit(self, count: int, *, deadline: float, priority: int = 0) -> None:
+        """Check, as `submit` does, whether so many samples would be taken now: before they are decoded for nothing.
+
+        Raises:
+            WireError: As `submit`, apart from what is wrong with the samples.
+        """
         if self.state != "READY":
             raise self._refusal()
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             raise WireError("deadline_exceeded", "the deadline passed before the samples could be queued")
-        if not samples:
-            return []
-        groups = self._grouped(samples)
-        self._check_sizes(samples, groups)
-        self._admit(len(samples), seconds, priority)
-        entries = self._entries(samples, deadline)
-        units = [
-            Unit([entries[place] for place in places], priority=priority, group=self.info.groupwise)
-            for places in groups
-        ]
-        self._queue.push(units)
-        for lane in self._lanes:
-            lane.wake.set()
-        return [entry.future for entry in entries]
+        if count:
+            self._admit(count, seconds, priority)
+
+    def too_large(self, samples: Sequence[Sample]) -> str | None:
+        """Return why a sample, or a group, is more than one call takes; None if it is not."""
+        pixels = sum(sample.pixels for sample in samples)
+        if pixels <= self._batch_pixels:
+            return None
+        what = f"the group of {len(samples)} samples" if self.info.groupwise else "the item"
+        return (
+            f"{what} has {pixels} pixels, more than the {self._batch_pixels} that {self.name} takes in one call; send "
+            "less, or start the server with a larger batch_pixels"
+        )
+
+    def _units(self, groups: Sequence[Sequence[Entry]], priority: int) -> Iterator[Unit]:
+        """Yield what is to be queued; what has killed its worker before goes alone, or gets its answer at once."""
+        for entries in groups:
+            standing = self._suspects.standing([entry.sample for entry in entries])
+            if standing == "guilty":
+                why = f"a worker process of {self.name} died or hung over this sample twice; it is not tried again"
+                for entry in entries:
+                    entry.settle(Scored(error=WireError("scorer_error", why)))
+            else:
+                yield Unit(entries, priority=priority, alone=self.info.groupwise or standing == "suspect")
 
     def _grouped(self, samples: Sequence[Sample]) -> list[list[int]]:
         if not self.info.groupwise:
@@ -172,17 +207,6 @@ class ServedModel:
                 raise WireError("invalid_item", message, param=f"items[{place}].group_id")
             groups.setdefault(sample.group, []).append(place)
         return list(groups.values())
-
-    def _check_sizes(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> None:
-        for places in groups:
-            pixels = sum(samples[place].pixels for place in places)
-            if pixels > self._batch_pixels:
-                what = f"the group of {len(places)} samples" if self.info.groupwise else "the item"
-                message = (
-                    f"{what} has {pixels} pixels, more than the {self._batch_pixels} that {self.name} takes in one "
-                    "call; send less, or start the server with a larger batch_pixels"
-                )
-                raise WireError("invalid_item", message, param=f"items[{places[0]}]")
 
     def _admit(self, count: int, seconds: float, priority: int) -> None:
         """Turn a submission away that does not fit, after a second look without what nobody waits for any more."""
@@ -259,8 +283,16 @@ class ServedModel:
             state = "FAILED"
         told = next((lane.info for lane in self._lanes if lane.info is not None), self.info)
         size = self._batch_size or told.batch_size
-        changes = {"name": self.name, "state": state, "limits": self._limits, "batch_size": size}
+        changes = {
+            "name": self.name,
+            "state": state,
+            "limits": self._limits,
+            "batch_size": size,
+            "batch_pixels": self._batch_pixels,
+        }
         self.info = told.model_copy(update=changes)
+        if all(lane.state == "FAILED" for lane in self._lanes):  # also while it stops: nobody will come to what waits
+            self._refuse_all(next(lane.error for lane in self._lanes if lane.error is not None))
         if state == self.state:
             return
         self.state = state
@@ -269,5 +301,9 @@ class ServedModel:
             self._known.clear()
         else:
             self._known.set()
-        if state == "FAILED":
-            self._refuse_all(self._refusal())
+
+
+def _check_settings(**settings: int | None) -> None:
+    for field, value in settings.items():
+        if value is not None and value < 1:
+            raise WireError("invalid_request", f"{field} is {value}; it must be 1 or more", param=field)

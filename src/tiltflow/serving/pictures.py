@@ -11,7 +11,7 @@ import binascii
 import io
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, Final
 
@@ -30,17 +30,23 @@ _BARE_MARKERS: Final = (0x01, *range(0xD0, 0xD9))  # those that no length follow
 class Budget:
     """How many bytes of pixels one request may still unfold to; shared by the threads that decode."""
 
-    def __init__(self, size: int):
-        """Start with `size` bytes."""
+    def __init__(self, size: int, *, hold: Callable[[int], None]):
+        """Start with `size` bytes.
+
+        Args:
+            size: Of this request.
+            hold: Counts bytes among those of all requests, or raises a WireError.
+        """
         self._size = size
         self._left = size
+        self._hold = hold
         self._lock = Lock()
 
     def take(self, count: int) -> None:
         """Use up bytes.
 
         Raises:
-            WireError: There are not so many left.
+            WireError: There are not so many left: `payload_too_large`, or `overloaded` where other requests have them.
         """
         with self._lock:
             self._left -= count
@@ -50,6 +56,7 @@ class Budget:
                     f"the pictures unfold to more than the {self._size} bytes that one request may have; send fewer at "
                     "once",
                 )
+        self._hold(count)
 
 
 def decode_base64(text: str, *, param: str) -> bytes:
@@ -77,7 +84,8 @@ def decode(data: bytes, *, limits: Limits, budget: Budget, param: str) -> NDArra
         Levels `[H, W, 3]`.
 
     Raises:
-        WireError: `image_decode_failed`, `invalid_item` if it is too large, `payload_too_large` if the budget is.
+        WireError: `image_decode_failed`, `invalid_item` if it is too large, `payload_too_large` or `overloaded` if the
+            budget is spent.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -67,7 +67,7 @@ class PrometheusMetrics:
         self._size = make(histogram, "batch_size", "Samples of a call", ("model",), buckets=_SIZES)
         self._batch = make(histogram, "batch_seconds", "Seconds of a call", ("model",), buckets=_SECONDS)
         self._decode = make(histogram, "decode_seconds", "Seconds to read a body", (), buckets=_SECONDS)
-        self._inflight = make(gauge, "inflight_bytes", "Bytes of bodies being received or answered", ())
+        self._inflight = make(gauge, "inflight_bytes", "Bytes of bodies and decoded pictures in flight", ())
         self._restarts = make(counter, "worker_restarts_total", "Workers that replaced lost ones", ("model",))
         self._shed = make(counter, "shed_total", "Submissions turned away", ("model", "reason"))
         self._nonfinite = make(counter, "nonfinite_total", "Scores that were NaN or infinite", ("model",))

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
@@ -32,6 +33,8 @@ EXIT_SECONDS = 2.0  # for a process whose model could not be made to end by itse
 LAST_SECONDS = 0.5  # for a process that has closed its socket to end, so that its own exit code is told
 REAP_SECONDS = 5.0  # for the kernel to end a killed process
 
+COPY_BYTES = 4 * 2**20  # more is copied in a thread: the loop has other clients
+
 LOST = "worker_lost"
 OVERDUE = "deadline_exceeded"
 
@@ -46,6 +49,7 @@ class Answer:
     components: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     failures: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])  # place -> code, text
     seconds: float = 0.0  # that the model took
+    begun: bool = True  # the worker may have seen the samples
 
 
 class Process:
@@ -68,10 +72,15 @@ class Process:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._calls = 0
         self._heard = time.monotonic()
+        self.answered = False  # a call has come back from it
         self._watcher: asyncio.Task[None] | None = None
 
-    async def open(self, source: ScorerSource) -> ModelInfo:
+    async def open(self, source: ScorerSource, *, seconds: float) -> ModelInfo:
         """Start the process and let it make the model.
+
+        Args:
+            source: Of the model.
+            seconds: For that.
 
         Raises:
             WireError: `model_failed`, with what the model's constructor raised or how the process ended.
@@ -96,7 +105,11 @@ class Process:
             self._link, _ = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
             ends.pop_all()  # the link closes the one, and the thread below the other
         await asyncio.shield(loop.run_in_executor(None, _send, sender, content))  # it must close its end in any case
-        message = await self._ready
+        await asyncio.wait((self._ready,), timeout=seconds)
+        if not self._ready.done():
+            text = f"the model was not made within {seconds:g} s; mend what it waits for, or allow more (load_seconds)"
+            raise WireError("model_failed", text)
+        message = self._ready.result()
         if message["kind"] == "gone":
             await self._exited(REAP_SECONDS)
             text = f"the worker process {_ending(child.exitcode)} before the model was made; what it printed tells more"
@@ -115,7 +128,11 @@ class Process:
             seconds: The process is killed when it takes longer.
         """
         metas = [None if sample.meta is None else dict(sample.meta) for sample in samples]
-        layouts = self._arena.put(samples)
+        put = partial(self._arena.put, samples)
+        if sum(sample.nbytes for sample in samples) < COPY_BYTES:
+            layouts = put()
+        else:
+            layouts = await asyncio.get_running_loop().run_in_executor(None, put)
         return await self._ask(
             {
                 "do": "score",
@@ -169,7 +186,7 @@ class Process:
 
     async def _ask(self, message: dict[str, Any], seconds: float) -> Answer:
         if not self.alive or self._link is None:
-            return Answer(LOST, "the worker process is gone")
+            return Answer(LOST, "the worker process is gone", begun=False)
         loop = asyncio.get_running_loop()
         self._calls += 1
         number = self._calls
@@ -207,6 +224,7 @@ class Process:
             return
         future = self._waiting.get(message.pop("call"))
         if future is not None and not future.done():
+            self.answered = self.answered or message["kind"] != "pong"
             future.set_result(Answer(**message))
 
     def gone(self) -> None:
@@ -239,24 +257,31 @@ class _Link(asyncio.Protocol):
 class Replica:
     """Keeps a worker process: replaces a lost one, until too many were lost."""
 
-    def __init__(self, name: str, source: ScorerSource, *, lost: Callable[[], None]):
+    def __init__(self, name: str, source: ScorerSource, *, load_seconds: float, lost: Callable[[], None]):
         """Describe a replica.
 
         Args:
             name: Of its model.
             source: How the worker makes it.
+            load_seconds: How long that may take.
             lost: Called when the process is gone; `restart` is next.
         """
         self._name = name
         self._source = source
+        self._load_seconds = load_seconds
         self._lost = lost
         self._process: Process | None = None
         self._crashes: list[float] = []
+        self._excused = False
 
     @property
     def alive(self) -> bool:
         """Tell whether it can be called."""
         return self._process is not None and self._process.alive
+
+    def excuse(self) -> None:
+        """Do not count the loss of this process, if it has worked before: a sample was to blame for it."""
+        self._excused = self._process is not None and self._process.answered
 
     async def start(self) -> ModelInfo:
         """Start the first process, and give up if that fails: it would fail again.
@@ -266,7 +291,7 @@ class Replica:
         """
         self._process = Process(self._name, self._lost)
         try:
-            return await self._process.open(self._source)
+            return await self._process.open(self._source, seconds=self._load_seconds)
         except WireError as error:
             await self.stop(seconds=EXIT_SECONDS)
             raise WireError("model_failed", f"{self._name}: {error.message}") from error
@@ -286,7 +311,10 @@ class Replica:
             if self._process is not None:
                 how = await self.stop(seconds=LAST_SECONDS)
             now = time.monotonic()
-            self._crashes = [at for at in self._crashes if now - at < CRASH_SECONDS] + [now]
+            self._crashes = [at for at in self._crashes if now - at < CRASH_SECONDS]
+            if not self._excused:
+                self._crashes.append(now)
+            self._excused = False
             if len(self._crashes) >= CRASHES:
                 raise WireError(
                     "model_failed",
@@ -303,7 +331,7 @@ class Replica:
     async def call(self, samples: Sequence[Sample], *, seconds: float) -> Answer:
         """Let the model score a batch; see `Process.call`."""
         if self._process is None:
-            return Answer(LOST, "the worker process is gone")
+            return Answer(LOST, "the worker process is gone", begun=False)
         return await self._process.call(samples, seconds=seconds)
 
     async def stop(self, *, seconds: float) -> str:

@@ -5,7 +5,7 @@ An error of the whole request is raised; an error of one item stands in its plac
 
 import asyncio
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -36,6 +36,8 @@ INLINE_BYTES: Final = 65_536  # a smaller body is read sooner than handed to a t
 META_DEPTH: Final = 3  # where `meta` stands in a request: of the request, its items, an item
 
 Read: TypeAlias = Sample | WireError
+Admit: TypeAlias = Callable[[ScoreRequest], None]
+Hold: TypeAlias = Callable[[int], None]
 Sources: TypeAlias = Mapping[str, Pixels | bytes]  # tensors and encoded pictures that came beside the JSON
 
 
@@ -56,31 +58,40 @@ class RequestReader:
         self._pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
         self._requests = 0
 
-    async def read(self, body: bytes, content_type: str) -> Parsed:
+    async def read(self, body: bytes, content_type: str, *, admit: Admit, hold: Hold) -> Parsed:
         """Read the body of `POST /v1/score`.
 
-        Raises:
-            WireError: The request is wrong as a whole; `param` names the field.
-        """
-        if len(body) < INLINE_BYTES:
-            request, sources = _parse(body, content_type)
-        else:
-            loop = asyncio.get_running_loop()
-            request, sources = await loop.run_in_executor(self._pool, _parse, body, content_type)
-        return await self.samples(request, sources)
+        Args:
+            body: All of it.
+            content_type: The header.
+            admit: Called before any picture is decoded; raises where that would be for nothing.
+            hold: Counts the bytes of decoded pictures among those of all requests, or raises.
 
-    async def samples(self, request: ScoreRequest, sources: Sources) -> Parsed:
+        Raises:
+            WireError: The request is wrong as a whole; `param` names the field. Or that of `admit` or `hold`.
+        """
+        request, sources = await self.parse(len(body), _parse, body, content_type)
+        return await self.samples(request, sources, admit=admit, hold=hold)
+
+    async def samples(self, request: ScoreRequest, sources: Sources, *, admit: Admit, hold: Hold) -> Parsed:
         """Turn the items of a request into samples.
 
         Raises:
             WireError: As `read`.
         """
         self._check(request)
+        admit(request)
         self._requests += 1
-        builder = _Builder(request, sources, self._limits, scope=self._requests)
+        builder = _Builder(request, sources, self._limits, scope=self._requests, hold=hold)
         encoded = builder.encoded()
         await self._decode(builder, list(encoded.items()))
-        return Parsed(request, builder.samples())
+        if builder.is_quick:
+            return Parsed(request, builder.samples())
+        return Parsed(request, await self.run(builder.samples))
+
+    async def parse(self, size: int, function: Any, *arguments: Any) -> Any:
+        """Run a function that reads `size` bytes: in a thread if they are many."""
+        return function(*arguments) if size < INLINE_BYTES else await self.run(function, *arguments)
 
     async def run(self, function: Any, *arguments: Any) -> Any:
         """Run a function of bytes in one of the threads."""
@@ -113,14 +124,29 @@ class RequestReader:
 class _Builder:
     """Makes the samples of one request."""
 
-    def __init__(self, request: ScoreRequest, sources: Sources, limits: Limits, *, scope: int):
+    def __init__(self, request: ScoreRequest, sources: Sources, limits: Limits, *, scope: int, hold: Hold):
         self._request = request
         self._sources = sources
         self._limits = limits
         self._scope = scope
-        self._budget = Budget(limits.decoded_bytes)
+        self._hold = hold
+        self._budget = Budget(limits.decoded_bytes, hold=hold)
         self._decoded: dict[str, Pixels | WireError] = {}
         self._stacked = 0  # bytes of the videos that were made of single pictures
+
+    @property
+    def is_quick(self) -> bool:
+        """Tell whether `samples` neither looks at many values nor copies many."""
+        values = sum(
+            source.nbytes
+            for source in self._sources.values()
+            if isinstance(source, np.ndarray) and source.dtype == np.float32
+        )
+        return values < INLINE_BYTES and not any(
+            isinstance(video, list)
+            for item in self._request.items
+            for video in (item.video, *(item.condition_videos or ()))
+        )
 
     def encoded(self) -> dict[str, bytes | str]:
         """Return every encoded picture once, by its key, after checking that each reference has a target."""
@@ -157,7 +183,7 @@ class _Builder:
                 raw = decode_base64(data, param=key) if isinstance(data, str) else data
                 self._decoded[key] = decode(raw, limits=self._limits, budget=self._budget, param=key)
             except WireError as error:
-                if error.code == "payload_too_large":
+                if error.code in ("payload_too_large", "overloaded"):  # of the request as a whole
                     raise
                 self._decoded[key] = error
 
@@ -219,9 +245,11 @@ class _Builder:
             if not video:
                 raise _ItemError(WireError("invalid_item", f"{param}: has no frames", param=param))
             frames = [self._picture(frame, f"{param}[{place}]") for place, frame in enumerate(video)]
-            self._stacked += sum(frame.nbytes for frame in frames)  # before they are copied: one may be there often
+            size = sum(frame.nbytes for frame in frames)  # before they are copied: one may be there often
+            self._stacked += size
             if self._stacked > self._limits.decoded_bytes:
                 raise self._too_large(param)
+            self._hold(size)
             try:
                 return stack_frames(frames, param=param)
             except WireError as error:

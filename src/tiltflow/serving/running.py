@@ -5,7 +5,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final
@@ -19,14 +19,14 @@ from tiltflow.serving.app import create_app
 from tiltflow.serving.jobs import ScorerSource
 from tiltflow.serving.malloc import keep_memory
 from tiltflow.serving.metrics import Metrics
-from tiltflow.serving.models import ServedModel
+from tiltflow.serving.models import LOAD_SECONDS, ServedModel
 from tiltflow.serving.prometheus import make_metrics
 from tiltflow.serving.settings import ServerSettings, address_of, listen
 from tiltflow.serving.wire import Limits, WireError
 
 HTTP: Final = "h11" if find_spec("httptools") is None else "httptools"
 KEEP_ALIVE_SECONDS: Final = 30  # longer than clients keep idle connections, so that they are the ones to close them
-HEADER_SECONDS: Final = 10.0  # for a new connection to send its first request's headers
+HEADER_SECONDS: Final = 10.0  # for a request's headers to arrive, once a connection is open or has begun to send
 TICK_SECONDS: Final = 0.5
 LAST_SECONDS: Final = 5  # after the drain, for answers to be sent
 
@@ -41,6 +41,7 @@ class ModelSpec:
     batch_size: int | None = None  # None: the model's own
     batch_pixels: int | None = None
     batch_seconds: float = 60.0
+    load_seconds: float = LOAD_SECONDS
 
 
 def make_models(specs: Sequence[ModelSpec], *, limits: Limits, metrics: Metrics) -> dict[str, ServedModel]:
@@ -53,6 +54,7 @@ def make_models(specs: Sequence[ModelSpec], *, limits: Limits, metrics: Metrics)
             batch_size=spec.batch_size,
             batch_pixels=spec.batch_pixels,
             batch_seconds=spec.batch_seconds,
+            load_seconds=spec.load_seconds,
             limits=limits,
             metrics=metrics,
         )
@@ -60,8 +62,13 @@ def make_models(specs: Sequence[ModelSpec], *, limits: Limits, metrics: Metrics)
     }
 
 
-def run_server(specs: Sequence[ModelSpec], settings: ServerSettings) -> None:
+def run_server(specs: Sequence[ModelSpec], settings: ServerSettings, *, note: str = "") -> None:
     """Serve models until SIGTERM or SIGINT; the first line printed tells the address.
+
+    Args:
+        specs: The models.
+        settings: Of the server.
+        note: For whoever starts it, printed after the address.
 
     Raises:
         ConfigError: The address cannot be had, or no model could be made.
@@ -71,10 +78,48 @@ def run_server(specs: Sequence[ModelSpec], settings: ServerSettings) -> None:
     with listen(settings) as found:
         server = _Server(specs, settings)
         print(f"tiltflow: listening on {address_of(found)} ({', '.join(server.models)})", flush=True)
+        if note:
+            print(f"tiltflow: {note}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # what uvicorn leaves after an orderly end by Ctrl+C
             server.run(found)
     if server.failure is not None:
         raise ConfigError(server.failure)
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, which also closes connections that never finish the headers of a request."""
+
+    def __init__(self, config: uvicorn.Config, at_exit: Callable[[], Coroutine[Any, Any, None]]):
+        super().__init__(config)
+        self._at_exit = at_exit
+        self._house: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        self._house = asyncio.ensure_future(self._keep_house())
+        await super().startup(sockets)
+
+    async def _keep_house(self) -> None:
+        waits: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # connection -> since when it owes us headers
+        while not self.should_exit:
+            now = time.monotonic()
+            connections: list[Any] = list(self.server_state.connections)  # of one of the two classes of HTTP
+            for connection in connections:
+                if not _owes_headers(connection):
+                    waits.pop(connection, None)
+                elif now - waits.setdefault(connection, now) > HEADER_SECONDS:
+                    connection.transport.close()
+            await asyncio.sleep(TICK_SECONDS)
+        await self._at_exit()
+
+
+def _owes_headers(connection: Any) -> bool:
+    """Tell whether a connection is new, or has begun to send another request, whose headers are not complete.
+
+    One that is idle between two requests has uvicorn's own timer.
+    """
+    if connection.cycle is None:
+        return True
+    return connection.cycle.response_complete and connection.timeout_keep_alive_task is None
 
 
 class _Server:
@@ -94,7 +139,7 @@ class _Server:
             drain_seconds=settings.drain_seconds,
             loaded=self._loaded,
         )
-        self._uvicorn = uvicorn.Server(
+        self._uvicorn = _Http(
             uvicorn.Config(
                 app,
                 lifespan="on",
@@ -107,7 +152,8 @@ class _Server:
                 limit_concurrency=limits.connections + 1,  # the connection that exceeds it is told so
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(settings.drain_seconds) + LAST_SECONDS,
-            )
+            ),
+            self._end_in_time,
         )
 
     def run(self, found: Any) -> None:
@@ -124,17 +170,8 @@ class _Server:
             self._uvicorn.should_exit = True
         elif failed:
             print(f"tiltflow: {'; '.join(failed)}", file=sys.stderr, flush=True)
-        await self._keep_house()
 
-    async def _keep_house(self) -> None:
-        """Close connections that never ask for anything, and let nothing outlive the drain."""
-        seen: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
-        while not self._uvicorn.should_exit:
-            now = time.monotonic()
-            connections: list[Any] = list(self._uvicorn.server_state.connections)  # of one of the two classes of HTTP
-            for connection in connections:
-                if connection.cycle is None and now - seen.setdefault(connection, now) > HEADER_SECONDS:
-                    connection.transport.close()
-            await asyncio.sleep(TICK_SECONDS)
+    async def _end_in_time(self) -> None:
+        """Let nothing outlive the drain."""
         await asyncio.sleep(self._settings.drain_seconds)
         await asyncio.gather(*(model.stop(drain_seconds=0.0) for model in self.models.values()))

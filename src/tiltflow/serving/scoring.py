@@ -174,6 +174,7 @@ class Scoring:
             self._errors[index] = (
                 sample if isinstance(sample, WireError) else self._missing(items[index], sample, index)
             )
+        self._refuse_large(samples)
         if any(model.info.groupwise for model in self._models):
             self._spread_to_groups()
         sound = [
@@ -190,6 +191,20 @@ class Scoring:
                 raise _renumbered(error, [index for index, _ in sound]) from error
             for (index, _), future in zip(sound, futures, strict=True):
                 self._watch(index, future)
+
+    def _refuse_large(self, samples: Sequence[Read]) -> None:
+        """Fail the items, or the groups, that are more than a model takes in one call; the others go on."""
+        for model in self._models:
+            units: dict[object, dict[int, Sample]] = {}
+            for index, sample in enumerate(samples):
+                if self._errors[index] is None and isinstance(sample, Sample):
+                    name = sample.group if model.info.groupwise and sample.group is not None else index
+                    units.setdefault(name, {})[index] = sample
+            for unit in units.values():
+                why = model.too_large(list(unit.values()))
+                for index in unit if why is not None else ():
+                    param = f"items[{index}]"
+                    self._errors[index] = WireError("invalid_item", f"{param}: {why}", param=param)
 
     def _watch(self, index: int, future: "asyncio.Future[Scored]") -> None:
         def done(_: "asyncio.Future[Scored]") -> None:

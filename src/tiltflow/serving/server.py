@@ -69,6 +69,7 @@ class RewardServer(ABC):
         batch_size: int = 16,
         batch_pixels: int | None = None,
         batch_seconds: float = 60.0,
+        load_seconds: float = 1800.0,
         name: str | None = None,
         revision: str = "",
         limits: Limits = Limits(),  # noqa: B008 (frozen)
@@ -85,6 +86,7 @@ class RewardServer(ABC):
             batch_size: Most samples of one call.
             batch_pixels: Most pixels of one call; None: 64 x 1024 x 1024.
             batch_seconds: After so long a call counts as hung: its worker is killed and replaced.
+            load_seconds: After so long without being ready the model counts as failed.
             name: Of the model; None: the class's.
             revision: Of the model, told with every score.
             limits: Of requests.
@@ -93,9 +95,9 @@ class RewardServer(ABC):
         Raises:
             ConfigError: A setting is wrong.
         """
-        for key, value in (("replicas", replicas), ("batch_size", batch_size), ("batch_seconds", batch_seconds)):
-            if value <= 0:
-                raise ConfigError(f"{key}={value}: use a number above 0")
+        _check_positive(
+            replicas=replicas, batch_size=batch_size, batch_seconds=batch_seconds, load_seconds=load_seconds
+        )
         for key, named in (("required_fields", self.required_fields), ("optional_fields", self.optional_fields)):
             unknown = [field for field in named if field not in FIELDS]
             if unknown:
@@ -110,6 +112,7 @@ class RewardServer(ABC):
         self.batch_size = batch_size
         self.batch_pixels = batch_pixels
         self.batch_seconds = batch_seconds
+        self.load_seconds = load_seconds
         self.revision = revision
 
     def setup(self) -> None:  # noqa: B027  # what the constructor does may be enough
@@ -177,8 +180,12 @@ class RewardServer(ABC):
             batch_size=self.batch_size,
             batch_pixels=self.batch_pixels,
             batch_seconds=self.batch_seconds,
+            load_seconds=self.load_seconds,
         )
-        run_server([spec], self.settings)
+        note = ""
+        if cls.__init__ is not RewardServer.__init__ and cls.setup is RewardServer.setup:
+            note = f"what {cls.__name__}.__init__ loads is loaded in this process too, for nothing; load it in setup()"
+        run_server([spec], self.settings, note=note)
 
 
 class UserScorer:
@@ -245,6 +252,12 @@ def to_levels(array: Pixels) -> NDArray[np.uint8]:
         return np.asarray(array, dtype=np.uint8)
     levels = np.rint(array * np.float32(255)).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(np.moveaxis(levels, -3, -1))
+
+
+def _check_positive(**settings: float) -> None:
+    for key, value in settings.items():
+        if value <= 0:
+            raise ConfigError(f"{key}={value}: use a number above 0")
 
 
 def _check_importable(cls: type[RewardServer], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:

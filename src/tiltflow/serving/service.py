@@ -18,9 +18,9 @@ from tiltflow.serving.idempotency import Replies, Reply
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import HttpMetrics
 from tiltflow.serving.rendering import dump
-from tiltflow.serving.requests import INLINE_BYTES, Parsed, RequestReader, media_type
+from tiltflow.serving.requests import Hold, Parsed, RequestReader, media_type
 from tiltflow.serving.scoring import Outcome, Scoring, choose
-from tiltflow.serving.wire import DEADLINE_HEADER, JSON, KEY_HEADER, NDJSON, Limits, WireError
+from tiltflow.serving.wire import DEADLINE_HEADER, JSON, KEY_HEADER, NDJSON, Limits, ScoreRequest, WireError
 
 KEY_CHARACTERS: Final = 255
 GRACE_SECONDS: Final = 0.5  # after the deadline, for the models' own answer about it
@@ -36,6 +36,7 @@ class Context:
     deadline: float  # on the monotonic clock
     start: float
     key: str | None
+    hold: Hold  # counts bytes among those of all requests
 
     def timing(self, *, received: float, decoded: float, outcome: Outcome) -> dict[str, float]:
         """Return where the time went, in milliseconds."""
@@ -71,7 +72,16 @@ class Service:
             message = f"a key of {len(key)} characters; use 1 to {KEY_CHARACTERS}"
             raise WireError("invalid_request", message, param=KEY_HEADER)
         seconds = self._seconds(request.headers.get(DEADLINE_HEADER))
-        return Context(request.state.request_id, start + seconds, start, key)
+        return Context(request.state.request_id, start + seconds, start, key, request.state.hold)
+
+    def admit(self, context: Context, request: ScoreRequest) -> None:
+        """Check that the models of a request would take its items, before these are decoded.
+
+        Raises:
+            WireError: One of them would not.
+        """
+        for model in choose(self.models, request.models):
+            model.admit(len(request.items), deadline=context.deadline, priority=request.priority)
 
     async def score(self, request: Request) -> Response:
         """Answer `POST /v1/score`."""
@@ -101,7 +111,7 @@ class Service:
 
     async def _work(self, context: Context, body: bytes, content_type: str, emit: Emit | None = None) -> Reply:
         received = time.monotonic()
-        parsed = await self.reader.read(body, content_type)
+        parsed = await self.reader.read(body, content_type, admit=partial(self.admit, context), hold=context.hold)
         decoded = time.monotonic()
         self.metrics.decode(decoded - received)
         outcome = await self._score(parsed, context.deadline, emit)
@@ -158,9 +168,7 @@ class Service:
     async def _digest(self, context: Context, body: bytes, content_type: str) -> bytes:
         if context.key is None:
             return b""
-        if len(body) < INLINE_BYTES:
-            return _digest(body, content_type)
-        return await self.reader.run(_digest, body, content_type)
+        return await self.reader.parse(len(body), _digest, body, content_type)
 
     def _left(self, context: Context) -> float:
         return max(0.0, context.deadline - time.monotonic()) + GRACE_SECONDS
@@ -177,7 +185,7 @@ class Service:
 async def _lines(
     first: Mapping[str, Any] | None,
     lines: "asyncio.Queue[Mapping[str, Any] | None]",
-    task: "asyncio.Task[Reply]",
+    task: "asyncio.Future[Reply]",
     stack: ExitStack,
     request_id: str,
 ) -> AsyncIterator[bytes]:

@@ -216,8 +216,7 @@ class ModelInfo(Reply):
     pixels: Literal["uint8", "float32"] = "uint8"  # what scores exactly as in one process; the other is accepted too
     required_fields: tuple[str, ...] = ()  # of prompt, image, video, condition_images, condition_videos, metadata
     batch_size: int = 1
-    # Of one call at most: an item (or a group of a groupwise model) that has more is refused. None: not told.
-    batch_pixels: int | None = None
+    batch_pixels: int | None = None  # of one call at most; an item, or a group, with more is refused
     limits: Limits = Limits()
 
 

@@ -245,3 +245,72 @@ def test_two_lengths_of_one_body_are_refused() -> None:
 
     with pytest.raises(WireError, match="contradict each other"):
         Body(headers, receive, limits=Limits(), budget=ByteBudget(1)).admit()
+
+
+def test_what_a_request_holds_is_counted_to_its_end_and_never_after() -> None:
+    async def receive() -> Any:
+        raise AssertionError("nothing is read")
+
+    budget = ByteBudget(100)
+    body = Body({b"content-length": b"30"}, receive, limits=Limits(), budget=budget)
+    body.admit()
+    body.hold(50)
+    assert budget.used == 80
+    with pytest.raises(WireError) as caught:
+        body.hold(21)
+    assert (caught.value.code, caught.value.retryable, budget.used) == ("overloaded", True, 80)
+    body.release()
+    body.hold(50)  # a thread that still decodes for a client that has left
+    assert budget.used == 0
+
+
+def test_the_pixels_of_all_requests_together_have_a_budget() -> None:
+    with faulty(limits={"inflight_bytes": 3 * MIB}) as server:
+        item = {"prompt": "4", "image": b64(picture(side=800))}  # 1.8 MiB of pixels, a few KiB of file
+        assert server.post("/v1/score", {"items": [item]}).status == 200
+        answer = server.post("/v1/score", {"items": [item, item]})
+        assert (answer.status, answer.error["code"], answer.error["retryable"]) == (429, "overloaded", True)
+        assert b"tiltflow_inflight_bytes 0.0" in server.get("/metrics").body
+        assert server.post("/v1/score", {"items": [item]}).status == 200
+
+
+def test_an_item_that_is_more_than_one_call_takes_fails_alone() -> None:
+    with faulty(batch_pixels=1000) as server:
+        assert server.get("/v1/models/Faulty").json["batch_pixels"] == 1000
+        items = [{"prompt": "4", "image": b64(picture(side=side))} for side in (8, 40, 8)]
+        answer = server.post("/v1/score", {"items": items})
+        assert (answer.status, codes(answer)) == (200, ["ok", "invalid_item", "ok"])
+        told = answer.json["results"][1]["error"]
+        assert told["param"] == "items[1]" and "1600 pixels, more than the 1000" in told["message"]
+    with faulty("Ranks", batch_pixels=1000) as server:
+        groups = [{"prompt": "4", "image": b64(picture(side=20)), "group_id": name} for name in "aabbba"]
+        answer = server.post("/v1/score", {"items": [*groups, {**groups[0], "group_id": "c"}]})
+        assert codes(answer) == ["invalid_item"] * 6 + ["ok"]
+
+
+@pytest.mark.slow
+def test_headers_that_do_not_end_are_cut_on_new_and_on_used_connections(server: Server) -> None:
+    new, used, idle = server.connect(), server.connect(), server.connect()
+    for connection in (used, idle):
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in connection.recv(65536)
+    start = time.monotonic()
+    open_ones = {new, used}
+    for connection in open_ones:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nX-Header: ")
+    while open_ones:
+        assert time.monotonic() - start < 20, open_ones
+        for connection in list(open_ones):
+            try:
+                connection.sendall(b"x")  # a header without an end
+                gone = bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1)
+            except OSError:
+                gone = True
+            if gone:
+                open_ones.remove(connection)
+        time.sleep(0.25)
+    assert time.monotonic() - start > 8
+    idle.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b"200 OK" in idle.recv(65536)
+    for connection in (new, used, idle):
+        connection.close()

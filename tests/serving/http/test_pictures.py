@@ -23,7 +23,9 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def read(data: bytes, *, limits: Limits | None = None, budget: int = 2**30) -> Any:
-    return decode(data, limits=limits or Limits(), budget=Budget(budget), param="items[0].image")
+    return decode(
+        data, limits=limits or Limits(), budget=Budget(budget, hold=lambda count: None), param="items[0].image"
+    )
 
 
 def failure(data: bytes, **how: Any) -> WireError:

@@ -230,7 +230,7 @@ def test_a_stream_that_breaks_has_no_done() -> None:
         assert answer.status == 200 and lines[0]["status"] == "ok"
         assert "done" not in lines[-1] and lines[-1]["error"]["code"] == "worker_lost"
         server.wait_ready()
-        assert server.score(["kill"], headers={"Accept": NDJSON}).status == 503  # nothing was sent before it
+        assert server.score(["kill=2"], headers={"Accept": NDJSON}).status == 503  # nothing was sent before it
 
 
 def calls_of(log: Path, prompt: str) -> int:

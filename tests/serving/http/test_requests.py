@@ -14,6 +14,10 @@ from tiltflow.serving.requests import Parsed, RequestReader
 from tiltflow.serving.wire import JSON, SAFETENSORS, Item, Limits, Media, ScoreRequest, WireError, pack_safetensors
 
 
+def allowed(_: Any) -> None:
+    """Let everything pass."""
+
+
 def read(body: Any, content_type: str = JSON, **limits: Any) -> Parsed:
     """Read a body, which may be given as what it is JSON of."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -21,7 +25,7 @@ def read(body: Any, content_type: str = JSON, **limits: Any) -> Parsed:
     async def go() -> Parsed:
         reader = RequestReader(Limits(**limits))
         try:
-            return await reader.read(data, content_type)
+            return await reader.read(data, content_type, admit=allowed, hold=allowed)
         finally:
             reader.close()
 
@@ -69,7 +73,7 @@ def test_groups_of_different_requests_are_different() -> None:
     async def go() -> list[Parsed]:
         reader = RequestReader(Limits())
         body = json.dumps({"items": [{"prompt": "p", "group_id": "g"}]}).encode()
-        return [await reader.read(body, JSON) for _ in range(2)]
+        return [await reader.read(body, JSON, admit=allowed, hold=allowed) for _ in range(2)]
 
     first, second = asyncio.run(go())
     assert sound(first)[0].group != sound(second)[0].group
@@ -173,3 +177,31 @@ def test_the_format_of_a_picture_in_base64_may_be_told() -> None:
         with pytest.raises(WireError) as caught:
             read({"items": [{"prompt": "p", "image": wrong}]})
         assert caught.value.code == "invalid_request"
+
+
+def test_nothing_is_decoded_for_a_request_that_would_not_be_taken() -> None:
+    def refuse(request: Any) -> None:
+        raise WireError("overloaded", f"no room for {len(request.items)}")
+
+    broken = {"items": [{"prompt": "p", "image": b64(b"no picture")}] * 2}
+    reader = RequestReader(Limits())
+    with pytest.raises(WireError, match="no room for 2"):
+        asyncio.run(reader.read(json.dumps(broken).encode(), JSON, admit=refuse, hold=allowed))
+    reader.close()
+
+
+def test_pixels_are_counted_before_they_exist() -> None:
+    held: list[int] = []
+    body = {
+        "items": [{"prompt": "p", "image": b64(picture(1, side=8))}, {"prompt": "p", "video": [b64(picture(1))] * 3}]
+    }
+    reader = RequestReader(Limits())
+    asyncio.run(reader.read(json.dumps(body).encode(), JSON, admit=allowed, hold=held.append))
+    assert sorted(held) == [8 * 8 * 3] * 4 + [3 * 8 * 8 * 3]  # each picture, and the video that is made of three
+
+    def full(count: int) -> None:
+        raise WireError("overloaded", "full")
+
+    with pytest.raises(WireError, match="full"):
+        asyncio.run(reader.read(json.dumps(body).encode(), JSON, admit=allowed, hold=full))
+    reader.close()

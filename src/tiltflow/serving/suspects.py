@@ -1,0 +1,92 @@
+"""Samples that were in a call when its worker died or hung: tried alone the next time, refused after that.
+
+A client that gets `worker_lost` sends the same samples again. Without a memory of them, the one that kills its worker
+would take the others down with it every time, and after three times the model.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from tiltflow.serving.jobs import Sample
+
+KEPT: Final = 4096  # suspects at a time; the oldest are forgotten
+KEPT_SECONDS: Final = 600.0
+
+Standing: TypeAlias = Literal["free", "suspect", "guilty"]
+
+
+@dataclass(frozen=True)
+class _Record:
+    standing: Standing
+    until: float  # of the clock
+    prompts: frozenset[int]  # hashes
+
+
+class Suspects:
+    """What is known about the samples of one model; a groupwise model's groups count as one sample each."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic):
+        """Suspect nothing."""
+        self._clock = clock
+        self._known: OrderedDict[bytes, _Record] = OrderedDict()  # by digest, the oldest first
+        self._prompts: Counter[int] = Counter()  # of those known: with another prompt no pixels need be read
+
+    def standing(self, samples: Sequence[Sample]) -> Standing:
+        """Return what is known about a sample, or a group."""
+        if not self._prompts or not _prompts(samples) & self._prompts.keys():
+            return "free"
+        record = self._known.get(_digest(samples))
+        return record.standing if record is not None and self._clock() < record.until else "free"
+
+    def accuse(self, units: Sequence[Sequence[Sample]]) -> bool:
+        """Note that the worker of a call did not survive it.
+
+        Args:
+            units: The samples of the call, or its only group.
+
+        Returns:
+            Whether it is certain now which one was to blame: one that was alone and suspect already.
+        """
+        now = self._clock()
+        guilty = len(units) == 1 and self.standing(units[0]) != "free"
+        for unit in units:
+            digest = _digest(unit)
+            self._forget(digest)
+            self._known[digest] = _Record("guilty" if guilty else "suspect", now + KEPT_SECONDS, _prompts(unit))
+            self._prompts.update(self._known[digest].prompts)
+        while len(self._known) > KEPT or next(iter(self._known.values())).until <= now:
+            self._forget(next(iter(self._known)))
+        return guilty
+
+    def acquit(self, samples: Sequence[Sample]) -> None:
+        """Note that a call with a sample, or a group, went well."""
+        if self.standing(samples) != "free":
+            self._forget(_digest(samples))
+
+    def _forget(self, digest: bytes) -> None:
+        record = self._known.pop(digest, None)
+        for prompt in record.prompts if record is not None else ():
+            self._prompts[prompt] -= 1
+            if not self._prompts[prompt]:
+                del self._prompts[prompt]
+
+
+def _prompts(samples: Sequence[Sample]) -> frozenset[int]:
+    return frozenset(hash(sample.prompt) for sample in samples)
+
+
+def _digest(samples: Sequence[Sample]) -> bytes:
+    """Return a digest of everything that the model sees of the samples."""
+    found = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        shapes = [(array.dtype.str, array.shape) for array in sample.media]
+        told = [sample.prompt, sample.meta, repr(sample.shape_key), repr(shapes)]
+        found.update(json.dumps(told, sort_keys=True).encode())
+        for array in sample.media:
+            found.update(array.tobytes())
+    return found.digest()

@@ -1,0 +1,127 @@
+"""A sample that ends its worker is found, and costs the others one more try and the model nothing."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.serving.helpers import ask, calls, codes, run, serving, submit, until
+from tiltflow.serving.jobs import Sample
+from tiltflow.serving.models import ServedModel
+from tiltflow.serving.suspects import KEPT_SECONDS, Suspects
+
+
+def picture(level: int) -> Sample:
+    return Sample(prompt="a", image=np.full((2, 2, 3), level, np.uint8))
+
+
+async def recovered(model: ServedModel) -> None:
+    """Wait until a lost worker has been replaced."""
+    await until(lambda: model.state == "LOADING")
+    await model.wait_ready()
+
+
+def test_suspect_then_guilty_until_forgotten() -> None:
+    now = 0.0
+    suspects = Suspects(clock=lambda: now)
+    first, second = [picture(1)], [picture(2)]
+    assert suspects.standing(first) == "free"
+    assert not suspects.accuse([first, second])
+    assert suspects.standing(first) == suspects.standing(second) == "suspect"
+    assert suspects.standing([picture(3)]) == "free"
+    assert not suspects.accuse([first, second])  # not alone
+    suspects.acquit(second)
+    assert suspects.standing(second) == "free"
+    assert suspects.accuse([first])
+    assert suspects.standing(first) == "guilty"
+    now = KEPT_SECONDS
+    assert suspects.standing(first) == "free"
+
+
+def test_everything_that_the_model_sees_counts() -> None:
+    suspects = Suspects()
+    suspects.accuse([[Sample(prompt="a", meta={"b": 1})]])
+    assert suspects.standing([Sample(prompt="a", meta={"b": 1})]) == "suspect"
+    for other in (Sample(prompt="a"), Sample(prompt="b", meta={"b": 1}), Sample(prompt="a", meta={"b": 2})):
+        assert suspects.standing([other]) == "free"
+    suspects.accuse([[picture(1), picture(2)]])  # a group
+    assert suspects.standing([picture(1), picture(2)]) == "suspect"
+    assert suspects.standing([picture(1)]) == suspects.standing([picture(2), picture(1)]) == "free"
+
+
+def test_a_sample_that_kills_its_worker_is_isolated_by_a_second_and_third_try(tmp_path: Path) -> None:
+    async def test() -> None:
+        log = tmp_path / "log"
+        async with serving(options={"log": str(log)}) as model:
+            prompts = [*map(str, range(7)), "die"]
+            assert codes(await ask(model, prompts)) == ["worker_lost"] * 8
+            await recovered(model)
+            answers = await ask(model, prompts)  # each alone; what came before the bad one is scored
+            assert codes(answers) == [""] * 7 + ["scorer_error"]
+            assert answers[7].error is not None and not answers[7].error.retryable
+            assert "second time with this sample" in answers[7].error.message
+            await recovered(model)
+            answers = await ask(model, prompts)  # the bad one does not reach the worker any more
+            assert [answer.score for answer in answers[:7]] == list(range(7))
+            assert codes(answers[7:]) == ["scorer_error"]
+            assert calls(log) == [prompts, *([prompt] for prompt in prompts), prompts[:7]]
+            assert model.state == "READY"
+
+    run(test())
+
+
+def test_samples_that_kill_do_not_fail_the_model() -> None:
+    async def test() -> None:
+        async with serving() as model:
+            assert codes(await ask(model, ["die=1", "die=2", "die=3", "1"])) == ["worker_lost"] * 4
+            for place in range(3):
+                await recovered(model)
+                assert codes(await ask(model, ["1"])) == [""]
+                assert codes(await ask(model, [f"die={place + 1}"])) == ["scorer_error"]
+            await recovered(model)
+            assert codes(await ask(model, ["1"])) == [""]
+
+    run(test())
+
+
+def test_a_sample_that_hangs_is_isolated_too() -> None:
+    async def test() -> None:
+        async with serving(batch_seconds=0.4) as model:
+            for _ in range(2):
+                waiting = submit(model, ["hang"])
+                found = codes(await asyncio.gather(*waiting))
+                await recovered(model)
+                assert codes(await ask(model, ["1"])) == [""]
+            assert found == ["scorer_error"]
+
+    run(test())
+
+
+def test_a_group_that_kills_is_refused_as_a_whole() -> None:
+    async def test() -> None:
+        async with serving(options={"groupwise": True}) as model:
+            bad = [Sample(prompt="die", group="a"), Sample(prompt="1", group="a")]
+            good = [Sample(prompt="2", group="b"), Sample(prompt="3", group="b")]
+            assert codes(await ask(model, bad)) == ["worker_lost"] * 2
+            await recovered(model)
+            assert codes(await ask(model, good)) == [""] * 2
+            assert codes(await ask(model, bad)) == ["scorer_error"] * 2
+            await recovered(model)
+            assert codes(await ask(model, bad)) == ["scorer_error"] * 2  # the worker does not see it
+            assert model.state == "READY"
+            assert codes(await ask(model, good)) == [""] * 2
+
+    run(test())
+
+
+def test_nothing_is_kept_of_what_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiltflow.serving.suspects.KEPT", 3)
+    suspects = Suspects()
+    samples = [[Sample(prompt=str(number))] for number in range(5)]
+    suspects.accuse(samples)
+    assert [suspects.standing(sample) for sample in samples] == ["free"] * 2 + ["suspect"] * 3
+    suspects.accuse(samples[4:])
+    for sample in samples:
+        suspects.acquit(sample)
+    assert not suspects._known and not suspects._prompts  # pyright: ignore[reportPrivateUsage]
