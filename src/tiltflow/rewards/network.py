@@ -39,9 +39,8 @@ _CLIENT_ERRORS: Final[dict[type[Exception], type[httpx2.TransportError]]] = {
     httpcore2.RemoteProtocolError: httpx2.RemoteProtocolError,
 }
 
-_END: Final[ContextVar[float]] = ContextVar(
-    "end", default=math.inf
-)  # of this thread's exchange, on the monotonic clock
+# Of this thread's exchange, on the monotonic clock.
+_END: Final[ContextVar[float]] = ContextVar("end", default=math.inf)
 
 
 @contextmanager

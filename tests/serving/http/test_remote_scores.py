@@ -67,6 +67,7 @@ def test_empty_metadata_is_sent_and_scored(server: Server) -> None:
         "required_fields": ["prompt", "metadata"],
     }
     far = build_reward_model(RewardArguments(name="r", reward_model="RemotePointwiseRewardModel", options=options))
+    assert far.info.batch_pixels == 64 * 2**20  # what the server takes unless told otherwise
     output = far(prompt=["a"] * 4, metadata=[{}, {"a": 1}, None, {}])  # pyright: ignore[reportCallIssue]
     assert torch.as_tensor(output.rewards)[[0, 1, 3]].tolist() == [0.0, 1.0, 0.0]
     assert {place: str(error) for place, error in output.failures.items()} == {
