@@ -36,11 +36,11 @@ def test_the_count_follows_every_change() -> None:
         queue.push([unit(entry("c", side=4), priority=3)])
         assert (queue.items, queue.nbytes) == seen[-1] == (3, 12 + 12 + 48)
         assert queue.ahead(0) == (3, 3) and queue.ahead(1) == queue.ahead(3) == (1, 1) and queue.ahead(4) == (0, 0)
-        assert prompts(queue.pop(items=8, pixels=1000)) == ["c"]
+        assert prompts(queue.pop(items=8, pixels=1000, tokens=1000)) == ["c"]
         assert seen[-1] == (2, 24)
         assert prompts(list(queue.clear())) == ["a", "b"]
         assert (queue.items, queue.nbytes) == seen[-1] == (0, 0) and queue.ahead(0) == (0, 0)
-        assert queue.pop(items=8, pixels=1000) == []
+        assert queue.pop(items=8, pixels=1000, tokens=1000) == []
 
     run(test())
 
@@ -49,8 +49,8 @@ def test_the_first_in_line_goes_even_beyond_the_limits() -> None:
     async def test() -> None:
         queue = Queue(lambda items, nbytes: None)
         queue.push([unit(entry("big", side=10)), unit(entry("next", side=10))])
-        assert prompts(queue.pop(items=8, pixels=5)) == ["big"]
-        assert prompts(queue.pop(items=8, pixels=5)) == ["next"]
+        assert prompts(queue.pop(items=8, pixels=5, tokens=1000)) == ["big"]
+        assert prompts(queue.pop(items=8, pixels=5, tokens=1000)) == ["next"]
 
     run(test())
 
@@ -67,7 +67,7 @@ def test_what_nobody_wants_is_finished_with_once() -> None:
         assert queue.items == 1 and sorted(closed) == ["cancelled", "late"]
         error = late.future.result().error
         assert error is not None and error.code == "deadline_exceeded"
-        assert prompts(queue.pop(items=8, pixels=1000)) == ["wanted"]
+        assert prompts(queue.pop(items=8, pixels=1000, tokens=1000)) == ["wanted"]
         for _ in range(2):
             wanted.settle(Scored(score=1.0))
         assert closed.count("wanted") == 1 and wanted.future.result().score == 1.0
@@ -88,7 +88,7 @@ def test_every_unit_comes_out_once_whole_in_order_and_within_the_limits(seed: in
             units[number] = unit(*entries, priority=chance.randrange(3), alone=group)
             queue.push([units[number]])
         popped: list[int] = []
-        while batch := queue.pop(items=7, pixels=60):
+        while batch := queue.pop(items=7, pixels=60, tokens=1000):
             numbers = list(dict.fromkeys(int(prompt) for prompt in prompts(batch)))
             assert batch == [each for number in numbers for each in units[number].entries]
             keys = {units[number].key for number in numbers}
@@ -110,7 +110,7 @@ def test_every_unit_comes_out_once_whole_in_order_and_within_the_limits(seed: in
 
 def test_a_budget_is_halved_and_grows_back_by_one() -> None:
     async def test() -> None:
-        budget = Budget(items=16, pixels=1600)
+        budget = Budget(items=16, pixels=1600, tokens=16_000)
         batch = [entry(side=4) for _ in range(12)]
         assert (budget.items, budget.pixels) == (16, 1600) and budget.fits(batch)
         budget.halve(batch)
@@ -158,6 +158,30 @@ def test_a_pace_that_varies_is_given_a_margin() -> None:
 
 
 def test_batches_until_a_new_sample_is_done() -> None:
-    found = [batches_until(items, 0, batch_size=4, groupwise=False) for items in (0, 3, 4, 7, 8)]
-    assert found == [1, 1, 2, 2, 3]
-    assert batches_until(40, 3, batch_size=4, groupwise=True) == 4
+    def calls(items: int, units: int, count: int, groups: int, *, groupwise: bool = False) -> int:
+        return batches_until(items, units, count=count, groups=groups, batch_size=4, groupwise=groupwise)
+
+    assert [calls(items, 0, 1, 0) for items in (0, 3, 4, 7, 8)] == [1, 1, 2, 2, 3]
+    assert [calls(0, 0, count, 0) for count in (1, 4, 5, 64)] == [1, 1, 2, 16]  # to the end of the request
+    assert calls(40, 3, 24, 2, groupwise=True) == 5
+
+
+def test_a_batch_has_a_limit_of_tokens() -> None:
+    async def test() -> None:
+        queue = Queue(lambda items, nbytes: None)
+        queue.push([unit(entry(letter * 40)) for letter in "abcd"])  # ten tokens each
+        found = [prompts(queue.pop(items=8, pixels=0, tokens=25)) for _ in range(2)]
+        assert found == [["a" * 40, "b" * 40], ["c" * 40, "d" * 40]]
+
+    run(test())
+
+
+def test_a_budget_of_tokens_is_halved_too() -> None:
+    async def test() -> None:
+        budget = Budget(items=16, pixels=1600, tokens=160)
+        batch = [entry("x" * 40) for _ in range(8)]
+        assert budget.fits(batch)
+        budget.halve(batch)
+        assert (budget.items, budget.tokens) == (4, 40) and not budget.fits(batch) and budget.fits(batch[:4])
+
+    run(test())

@@ -353,7 +353,7 @@ def test_sheds_what_would_come_too_late() -> None:
             assert caught.value.code == "overloaded"
             assert 400 <= (caught.value.retry_after_ms or 0) <= 2400
             assert metrics.reasons == ["too_slow"]
-            assert model._estimate(1) < model._estimate(0) / 2  # it waits for the running batch only
+            assert model._estimate(1, 1, 1) < model._estimate(1, 1, 0) / 2  # it waits for the running batch only
             assert codes(await ask(model, ["3"], priority=1)) == [""]
             assert not all(future.done() for future in waiting)
             for future in waiting:
@@ -466,5 +466,38 @@ def test_a_setting_below_one_is_refused(field: str) -> None:
         with pytest.raises(WireError, match=f"{field} is 0; it must be 1 or more"):
             async with serving(Plain, **{field: 0}):
                 pass
+
+    run(test())
+
+
+def test_a_request_is_admitted_by_its_end_and_an_idle_model_comes_to_doubt_its_estimate() -> None:
+    async def test() -> None:
+        async with serving(options={"seconds": 0.05}, batch_size=1) as model:
+            for _ in range(4):
+                await ask(model, ["1"])
+            with pytest.raises(WireError) as caught:
+                submit(model, ["1"] * 64, seconds=1.0)
+            assert caught.value.code == "overloaded"
+            for _ in range(40):  # nothing else would ever show that the model has become quicker
+                try:
+                    waiting = submit(model, ["1"] * 64, seconds=1.0)
+                    break
+                except WireError:
+                    continue
+            else:
+                raise AssertionError("it never tried again")
+            for future in waiting:
+                future.cancel()
+
+    run(test())
+
+
+def test_tokens_limit_a_sample() -> None:
+    async def test() -> None:
+        async with serving(batch_tokens=10) as model:
+            assert model.info.batch_tokens == 10
+            assert codes(await ask(model, ["x" * 40])) == [""]
+            with pytest.raises(WireError, match="has 11 tokens, more than the 10 that m takes"):
+                submit(model, ["x" * 41])
 
     run(test())

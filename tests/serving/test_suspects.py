@@ -124,4 +124,18 @@ def test_nothing_is_kept_of_what_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     suspects.accuse(samples[4:])
     for sample in samples:
         suspects.acquit(sample)
-    assert not suspects._known and not suspects._prompts  # pyright: ignore[reportPrivateUsage]
+    assert not suspects._known and not suspects._glances  # pyright: ignore[reportPrivateUsage]
+
+
+def test_killers_one_after_the_other_do_not_fail_a_model_that_has_worked() -> None:
+    async def test() -> None:
+        async with serving() as model:
+            assert codes(await ask(model, ["1"])) == [""]
+            prompts = ["die=1", "die=2", "3", "4"]
+            assert codes(await ask(model, prompts)) == ["worker_lost"] * 4
+            await recovered(model)
+            answers = await ask(model, prompts)
+            assert codes(answers) == ["scorer_error", "scorer_error", "", ""]
+            assert [answer.score for answer in answers[2:]] == [3.0, 4.0]
+
+    run(test())

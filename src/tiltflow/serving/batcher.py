@@ -16,13 +16,14 @@ from tiltflow.serving.wire import WireError
 
 PACE_WEIGHT = 0.1  # of the newest batch in the running average of seconds
 SLACK = 0.25  # of an estimate, added to it at least: the next seconds need not be as quiet as the last ones
+DOUBT = 0.8
 SPREADS = 4.0  # mean absolute deviations that 99 of 100 batches keep within, on a machine that does other things too
 
 
 class Entry:
     """One sample that waits for its score."""
 
-    __slots__ = ("_close", "born", "deadline", "future", "nbytes", "pixels", "sample")
+    __slots__ = ("_close", "born", "deadline", "future", "nbytes", "pixels", "sample", "tokens")
 
     def __init__(
         self, sample: Sample, future: "asyncio.Future[Scored]", *, deadline: float, closed: Callable[[], None]
@@ -40,6 +41,7 @@ class Entry:
         self.deadline = deadline
         self.born = time.monotonic()
         self.pixels = sample.pixels
+        self.tokens = sample.tokens
         self.nbytes = sample.nbytes
         self._close: Callable[[], None] | None = closed
 
@@ -63,7 +65,7 @@ class Entry:
 class Unit:
     """What goes into a call whole: one sample, or one group of a groupwise model."""
 
-    __slots__ = ("entries", "key", "nbytes", "pixels", "priority")
+    __slots__ = ("entries", "key", "nbytes", "pixels", "priority", "tokens")
 
     def __init__(self, entries: Sequence[Entry], *, priority: int, alone: bool):
         """Keep entries of one submission; in a call of its own they need not share a shape, as those of a group."""
@@ -71,6 +73,7 @@ class Unit:
         self.priority = priority
         self.key: tuple[Any, ...] | None = None if alone else entries[0].sample.shape_key
         self.pixels = sum(entry.pixels for entry in entries)
+        self.tokens = sum(entry.tokens for entry in entries)
         self.nbytes = sum(entry.nbytes for entry in entries)
 
     def wanted(self, now: float) -> bool:
@@ -103,7 +106,7 @@ class Queue:
             self._count(unit, 1)
         self._changed(self.items, self.nbytes)
 
-    def pop(self, *, items: int, pixels: int) -> list[Entry]:
+    def pop(self, *, items: int, pixels: int, tokens: int) -> list[Entry]:
         """Take the next batch, which is empty if nothing waits.
 
         The unit that is first in line always goes, even beyond the limits: they may have shrunk since it was admitted.
@@ -111,25 +114,28 @@ class Queue:
         Args:
             items: Most samples.
             pixels: Most pixels of all samples together.
+            tokens: Most tokens of all prompts together.
         """
         batch: list[Entry] = []
         while self._heaps and not batch:
             key = min(self._heaps, key=lambda key: self._heaps[key][0][:2])
-            batch = self._take(key, items, pixels)
+            batch = self._take(key, items, pixels, tokens)
         self._changed(self.items, self.nbytes)
         return batch
 
-    def _take(self, key: tuple[Any, ...] | None, items: int, pixels: int) -> list[Entry]:
+    def _take(self, key: tuple[Any, ...] | None, items: int, pixels: int, tokens: int) -> list[Entry]:
         heap = self._heaps[key]
         batch: list[Entry] = []
         now = time.monotonic()
         while heap:
             unit = heap[0][2]
             if unit.wanted(now):
-                if batch and (key is None or len(batch) + len(unit.entries) > items or unit.pixels > pixels):
+                full = len(batch) + len(unit.entries) > items or unit.pixels > pixels or unit.tokens > tokens
+                if batch and (key is None or full):
                     break
                 batch += unit.entries
                 pixels -= unit.pixels
+                tokens -= unit.tokens
             else:
                 self._drop(unit)
             heapq.heappop(heap)
@@ -185,10 +191,11 @@ class Queue:
 class Budget:
     """How much goes into one call: halved when memory runs out, grown back by one sample with every good call."""
 
-    def __init__(self, *, items: int, pixels: int):
-        """Start with the whole budget: samples and pixels."""
+    def __init__(self, *, items: int, pixels: int, tokens: int):
+        """Start with the whole budget: samples, pixels and tokens."""
         self._items = items
         self._pixels = pixels
+        self._tokens = tokens
         self._share = 1.0
 
     @property
@@ -201,9 +208,15 @@ class Budget:
         """Return the most pixels of a call."""
         return int(self._pixels * self._share)
 
+    @property
+    def tokens(self) -> int:
+        """Return the most tokens of a call."""
+        return int(self._tokens * self._share)
+
     def halve(self, batch: Sequence[Entry]) -> None:
         """Allow half of what this batch took, which was too much."""
-        taken = max(len(batch) / self._items, sum(entry.pixels for entry in batch) / self._pixels)
+        pixels, tokens = _sizes(batch)
+        taken = max(len(batch) / self._items, pixels / self._pixels, tokens / self._tokens)
         self._share = min(self._share, max(taken / 2, 1 / self._items))
 
     def grow(self) -> None:
@@ -212,7 +225,8 @@ class Budget:
 
     def fits(self, batch: Sequence[Entry]) -> bool:
         """Tell whether the batch keeps within the budget."""
-        return len(batch) <= self.items and sum(entry.pixels for entry in batch) <= self.pixels
+        pixels, tokens = _sizes(batch)
+        return len(batch) <= self.items and pixels <= self.pixels and tokens <= self.tokens
 
 
 class Pace:
@@ -231,6 +245,10 @@ class Pace:
         off = seconds / 2 if self._batches <= 2 else abs(seconds - self.seconds)  # a guess, until it can be known
         self._spread += weight * (off - self._spread)
         self.seconds += weight * (seconds - self.seconds)
+
+    def doubt(self) -> None:
+        """Believe less in an estimate that keeps a model from work which has nothing else to do."""
+        self.seconds *= DOUBT
 
     def until_done(self, *, batches: int, running: Sequence[float], replicas: int) -> float:
         """Estimate the seconds until a sample that comes now is scored, so that 99 of 100 take less.
@@ -253,6 +271,20 @@ class Pace:
         return (expected + max(stray, SLACK * expected)) / max(1, replicas)
 
 
-def batches_until(items: int, units: int, *, batch_size: int, groupwise: bool) -> int:
-    """Return how many calls it takes to come to the end of one more sample or group: one a group, or full batches."""
-    return units + 1 if groupwise else items // batch_size + 1
+def batches_until(items: int, units: int, *, count: int, groups: int, batch_size: int, groupwise: bool) -> int:
+    """Return how many calls it takes to come to the end of what waits and of one more request.
+
+    Args:
+        items: Samples that wait.
+        units: Groups that wait, of a groupwise model.
+        count: Samples of the request, at least 1.
+        groups: Groups of the request.
+        batch_size: Samples of a full batch.
+        groupwise: One call a group.
+    """
+    return units + groups if groupwise else (items + count - 1) // batch_size + 1
+
+
+def _sizes(batch: Sequence[Entry]) -> tuple[int, int]:
+    """Return the pixels and the tokens of a batch."""
+    return sum(entry.pixels for entry in batch), sum(entry.tokens for entry in batch)

@@ -36,6 +36,11 @@ class Sample:
         return sum(array.size // 3 for array in self.media)
 
     @property
+    def tokens(self) -> int:
+        """Return about how many tokens the prompt has, at four bytes each, for the budget of a batch."""
+        return -(-len(self.prompt.encode(errors="surrogatepass")) // 4)
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of all arrays."""
         return sum(array.nbytes for array in self.media)

@@ -36,6 +36,7 @@ class Lane:
         suspects: Suspects,
         batch_size: int | None,
         batch_pixels: int,
+        batch_tokens: int,
         batch_seconds: float,
         load_seconds: float,
         metrics: Metrics,
@@ -51,6 +52,7 @@ class Lane:
             suspects: Of the model, shared by its lanes.
             batch_size: Most samples of one call; None takes the model's own.
             batch_pixels: Most pixels of one call.
+            batch_tokens: Most tokens of one call.
             batch_seconds: How long one call may take.
             load_seconds: How long the making of the model may take.
             metrics: Told of every call.
@@ -68,10 +70,11 @@ class Lane:
         self._suspects = suspects
         self._batch_size = batch_size
         self._batch_pixels = batch_pixels
+        self._batch_tokens = batch_tokens
         self._batch_seconds = batch_seconds
         self._metrics = metrics
         self._changed = changed
-        self._budget = Budget(items=1, pixels=batch_pixels)  # the real one needs the model's batch size
+        self._budget = self._new_budget(1)  # the real one needs the model's batch size
         self._running: Sequence[Entry] = ()
         self._task: asyncio.Task[None] | None = None
 
@@ -113,8 +116,11 @@ class Lane:
 
     def _ready(self, info: ModelInfo) -> None:
         self.info = info
-        self._budget = Budget(items=self._batch_size or info.batch_size, pixels=self._batch_pixels)
+        self._budget = self._new_budget(self._batch_size or info.batch_size)
         self._become("READY")
+
+    def _new_budget(self, items: int) -> Budget:
+        return Budget(items=items, pixels=self._batch_pixels, tokens=self._batch_tokens)
 
     def _become(self, state: LaneState) -> None:
         self.state = state
@@ -123,7 +129,7 @@ class Lane:
     async def _work(self) -> None:
         """Run the next batch, or wait until there may be one."""
         self.wake.clear()
-        batch = self._queue.pop(items=self._budget.items, pixels=self._budget.pixels)
+        batch = self._queue.pop(items=self._budget.items, pixels=self._budget.pixels, tokens=self._budget.tokens)
         if not batch:
             await self.wake.wait()
             return

@@ -17,6 +17,7 @@ State: TypeAlias = Literal["LOADING", "READY", "FAILED", "DRAINING"]
 BATCH_PIXELS = (
     64 * 2**20
 )  # of one call, where nothing else is said: 64 pictures of 1024 x 1024, or one video of 81 frames
+BATCH_TOKENS = 65_536  # of one call, likewise: four prompts of the largest size
 RETRY_MS = 1000  # until a client asks again, where nothing better is known
 EXIT_SECONDS = 2.0  # for a worker process to end by itself
 LOAD_SECONDS = 1800.0  # for a model to be made; large ones come over slow disks
@@ -34,6 +35,7 @@ class ServedModel:
         batch_size: int | None = None,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
         batch_pixels: int | None = None,
+        batch_tokens: int | None = None,
         batch_seconds: float = 60.0,
         load_seconds: float = LOAD_SECONDS,
         metrics: Metrics | None = None,
@@ -47,6 +49,7 @@ class ServedModel:
             batch_size: Most samples of one call; None takes the model's own.
             limits: What the server takes; here `queue_items` counts.
             batch_pixels: Most pixels of one call; a sample (or a group) with more is refused.
+            batch_tokens: Most tokens of one call, at four bytes of a prompt each; likewise.
             batch_seconds: How long a call may take before its worker is killed and replaced.
             load_seconds: How long the making of the model may take before it counts as failed.
             metrics: Told of everything that happens.
@@ -54,11 +57,12 @@ class ServedModel:
         Raises:
             WireError: `replicas` or `batch_size` is below 1.
         """
-        _check_settings(replicas=replicas, batch_size=batch_size, batch_pixels=batch_pixels)
+        _check_settings(replicas=replicas, batch_size=batch_size, batch_pixels=batch_pixels, batch_tokens=batch_tokens)
         self.name = name
         self._limits = limits
         self._batch_size = batch_size
         self._batch_pixels = batch_pixels or BATCH_PIXELS
+        self._batch_tokens = batch_tokens or BATCH_TOKENS
         self._metrics: Metrics = metrics or NoMetrics()
         self._queue = Queue(lambda items, nbytes: self._metrics.queue(name, items, nbytes))
         self._pace = Pace()
@@ -75,6 +79,7 @@ class ServedModel:
                 suspects=self._suspects,
                 batch_size=batch_size,
                 batch_pixels=self._batch_pixels,
+                batch_tokens=self._batch_tokens,
                 batch_seconds=batch_seconds,
                 load_seconds=load_seconds,
                 metrics=self._metrics,
@@ -147,10 +152,10 @@ class ServedModel:
                 is full or moves too slowly for the deadline; `invalid_item`: a sample is larger than any batch, or has
                 no group where the model needs one.
         """
-        self.admit(len(samples), deadline=deadline, priority=priority)
+        groups = self._grouped(samples) if self.state == "READY" else []
+        self.admit(len(samples), len(groups), deadline=deadline, priority=priority)
         if not samples:
             return []
-        groups = self._grouped(samples)
         for places in groups:
             why = self.too_large([samples[place] for place in places])
             if why is not None:
@@ -161,8 +166,14 @@ class ServedModel:
             lane.wake.set()
         return [entry.future for entry in entries]
 
-    def admit(self, count: int, *, deadline: float, priority: int = 0) -> None:
+    def admit(self, count: int, groups: int, *, deadline: float, priority: int = 0) -> None:
         """Check, as `submit` does, whether so many samples would be taken now: before they are decoded for nothing.
+
+        Args:
+            count: Samples of one request.
+            groups: Into how many groups they fall; of meaning to groupwise models alone.
+            deadline: As `submit`.
+            priority: As `submit`.
 
         Raises:
             WireError: As `submit`, apart from what is wrong with the samples.
@@ -173,18 +184,21 @@ class ServedModel:
         if seconds <= 0:
             raise WireError("deadline_exceeded", "the deadline passed before the samples could be queued")
         if count:
-            self._admit(count, seconds, priority)
+            self._admit(count, groups, seconds, priority)
 
     def too_large(self, samples: Sequence[Sample]) -> str | None:
         """Return why a sample, or a group, is more than one call takes; None if it is not."""
-        pixels = sum(sample.pixels for sample in samples)
-        if pixels <= self._batch_pixels:
-            return None
         what = f"the group of {len(samples)} samples" if self.info.groupwise else "the item"
-        return (
-            f"{what} has {pixels} pixels, more than the {self._batch_pixels} that {self.name} takes in one call; send "
-            "less, or start the server with a larger batch_pixels"
-        )
+        for unit, size, most in (
+            ("pixels", sum(sample.pixels for sample in samples), self._batch_pixels),
+            ("tokens", sum(sample.tokens for sample in samples), self._batch_tokens),
+        ):
+            if size > most:
+                return (
+                    f"{what} has {size} {unit}, more than the {most} that {self.name} takes in one call; send less, or "
+                    f"start the server with a larger batch_{unit}"
+                )
+        return None
 
     def _units(self, groups: Sequence[Sequence[Entry]], priority: int) -> Iterator[Unit]:
         """Yield what is to be queued; what has killed its worker before goes alone, or gets its answer at once."""
@@ -208,19 +222,21 @@ class ServedModel:
             groups.setdefault(sample.group, []).append(place)
         return list(groups.values())
 
-    def _admit(self, count: int, seconds: float, priority: int) -> None:
+    def _admit(self, count: int, groups: int, seconds: float, priority: int) -> None:
         """Turn a submission away that does not fit, after a second look without what nobody waits for any more."""
         if count > self._limits.queue_items:
             message = f"{count} items at once; {self.name} queues at most {self._limits.queue_items}: send fewer"
             raise WireError("invalid_request", message, param="items")
         for purged in (False, True):
-            wait = self._estimate(priority)
+            wait = self._estimate(count, groups, priority)
             full = self._queue.items + count > self._limits.queue_items
             if not full and wait <= seconds:
                 return
             if not purged:
                 self._queue.purge()
         self._metrics.shed(self.name, "queue_full" if full else "too_slow")
+        if not self._open:
+            self._pace.doubt()
         if full:
             why = f"{self._queue.items} of {self._limits.queue_items} places in the queue of {self.name} are taken"
             retry = wait
@@ -229,12 +245,13 @@ class ServedModel:
             retry = wait - seconds
         raise WireError("overloaded", why, retry_after_ms=max(50, int(1000 * retry)) if retry else RETRY_MS)
 
-    def _estimate(self, priority: int) -> float:
+    def _estimate(self, count: int, groups: int, priority: int) -> float:
         now = time.monotonic()
         ready = [lane for lane in self._lanes if lane.state == "READY"]
         running = [now - lane.busy_since for lane in ready if lane.busy_since is not None]
         items, units = self._queue.ahead(priority)
-        batches = batches_until(items, units, batch_size=self.info.batch_size, groupwise=self.info.groupwise)
+        size, groupwise = self.info.batch_size, self.info.groupwise
+        batches = batches_until(items, units, count=count, groups=groups, batch_size=size, groupwise=groupwise)
         return self._pace.until_done(batches=batches, running=running, replicas=len(ready))
 
     def _entries(self, samples: Sequence[Sample], deadline: float) -> list[Entry]:
@@ -289,6 +306,7 @@ class ServedModel:
             "limits": self._limits,
             "batch_size": size,
             "batch_pixels": self._batch_pixels,
+            "batch_tokens": self._batch_tokens,
         }
         self.info = told.model_copy(update=changes)
         if all(lane.state == "FAILED" for lane in self._lanes):  # also while it stops: nobody will come to what waits

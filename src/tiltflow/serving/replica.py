@@ -72,7 +72,6 @@ class Process:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._calls = 0
         self._heard = time.monotonic()
-        self.answered = False  # a call has come back from it
         self._watcher: asyncio.Task[None] | None = None
 
     async def open(self, source: ScorerSource, *, seconds: float) -> ModelInfo:
@@ -224,7 +223,6 @@ class Process:
             return
         future = self._waiting.get(message.pop("call"))
         if future is not None and not future.done():
-            self.answered = self.answered or message["kind"] != "pong"
             future.set_result(Answer(**message))
 
     def gone(self) -> None:
@@ -273,6 +271,7 @@ class Replica:
         self._process: Process | None = None
         self._crashes: list[float] = []
         self._excused = False
+        self._answered = False  # a call has come back, from this process or one before
 
     @property
     def alive(self) -> bool:
@@ -280,8 +279,8 @@ class Replica:
         return self._process is not None and self._process.alive
 
     def excuse(self) -> None:
-        """Do not count the loss of this process, if it has worked before: a sample was to blame for it."""
-        self._excused = self._process is not None and self._process.answered
+        """Do not count the loss of this process, if the model has ever worked: a sample was to blame for it."""
+        self._excused = self._answered
 
     async def start(self) -> ModelInfo:
         """Start the first process, and give up if that fails: it would fail again.
@@ -332,7 +331,9 @@ class Replica:
         """Let the model score a batch; see `Process.call`."""
         if self._process is None:
             return Answer(LOST, "the worker process is gone", begun=False)
-        return await self._process.call(samples, seconds=seconds)
+        answer = await self._process.call(samples, seconds=seconds)
+        self._answered = self._answered or answer.kind not in (LOST, OVERDUE)
+        return answer
 
     async def stop(self, *, seconds: float) -> str:
         """End the process and tell how it ended; see `Process.close`."""

@@ -40,6 +40,7 @@ class ModelSpec:
     replicas: int = 1
     batch_size: int | None = None  # None: the model's own
     batch_pixels: int | None = None
+    batch_tokens: int | None = None
     batch_seconds: float = 60.0
     load_seconds: float = LOAD_SECONDS
 
@@ -53,6 +54,7 @@ def make_models(specs: Sequence[ModelSpec], *, limits: Limits, metrics: Metrics)
             replicas=spec.replicas,
             batch_size=spec.batch_size,
             batch_pixels=spec.batch_pixels,
+            batch_tokens=spec.batch_tokens,
             batch_seconds=spec.batch_seconds,
             load_seconds=spec.load_seconds,
             limits=limits,

@@ -11,11 +11,13 @@ if __name__ == "__main__":
     MyRewardServer(port=8000).run()
 """
 
+import hashlib
 import operator
 import pickle
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -68,6 +70,7 @@ class RewardServer(ABC):
         replicas: int = 1,
         batch_size: int = 16,
         batch_pixels: int | None = None,
+        batch_tokens: int | None = None,
         batch_seconds: float = 60.0,
         load_seconds: float = 1800.0,
         name: str | None = None,
@@ -85,10 +88,11 @@ class RewardServer(ABC):
             replicas: Worker processes, each with a model of its own.
             batch_size: Most samples of one call.
             batch_pixels: Most pixels of one call; None: 64 x 1024 x 1024.
+            batch_tokens: Most tokens of one call's prompts, at four bytes each; None: 65,536.
             batch_seconds: After so long a call counts as hung: its worker is killed and replaced.
             load_seconds: After so long without being ready the model counts as failed.
             name: Of the model; None: the class's.
-            revision: Of the model, told with every score.
+            revision: Of the model, told with every score; empty: a hash of the file that defines the class.
             limits: Of requests.
             drain_seconds: After SIGTERM, for what is in flight.
 
@@ -111,6 +115,7 @@ class RewardServer(ABC):
         self.replicas = replicas
         self.batch_size = batch_size
         self.batch_pixels = batch_pixels
+        self.batch_tokens = batch_tokens
         self.batch_seconds = batch_seconds
         self.load_seconds = load_seconds
         self.revision = revision
@@ -179,6 +184,7 @@ class RewardServer(ABC):
             replicas=self.replicas,
             batch_size=self.batch_size,
             batch_pixels=self.batch_pixels,
+            batch_tokens=self.batch_tokens,
             batch_seconds=self.batch_seconds,
             load_seconds=self.load_seconds,
         )
@@ -201,7 +207,7 @@ class UserScorer:
         server = self._server
         return ModelInfo(
             name=server.name,
-            revision=server.revision,
+            revision=server.revision or _revision_of(type(server)),
             groupwise=server.groupwise,
             required_fields=server.required_fields,
             batch_size=server.batch_size,
@@ -252,6 +258,14 @@ def to_levels(array: Pixels) -> NDArray[np.uint8]:
         return np.asarray(array, dtype=np.uint8)
     levels = np.rint(array * np.float32(255)).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(np.moveaxis(levels, -3, -1))
+
+
+def _revision_of(cls: type[RewardServer]) -> str:
+    """Return a hash of the file that defines a class, so that a client notices another one under the same address."""
+    path = vars(sys.modules[cls.__module__]).get("__file__")
+    if path is None or not Path(path).is_file():
+        return ""
+    return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
 
 def _check_positive(**settings: float) -> None:

@@ -81,7 +81,8 @@ class Service:
             WireError: One of them would not.
         """
         for model in choose(self.models, request.models):
-            model.admit(len(request.items), deadline=context.deadline, priority=request.priority)
+            groups = len({item.group_id for item in request.items})
+            model.admit(len(request.items), groups, deadline=context.deadline, priority=request.priority)
 
     async def score(self, request: Request) -> Response:
         """Answer `POST /v1/score`."""

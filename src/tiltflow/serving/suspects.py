@@ -16,6 +16,7 @@ from tiltflow.serving.jobs import Sample
 
 KEPT: Final = 4096  # suspects at a time; the oldest are forgotten
 KEPT_SECONDS: Final = 600.0
+GLANCED: Final = 64  # values of a picture: the samples of one prompt differ in them
 
 Standing: TypeAlias = Literal["free", "suspect", "guilty"]
 
@@ -24,7 +25,7 @@ Standing: TypeAlias = Literal["free", "suspect", "guilty"]
 class _Record:
     standing: Standing
     until: float  # of the clock
-    prompts: frozenset[int]  # hashes
+    glance: int
 
 
 class Suspects:
@@ -34,11 +35,11 @@ class Suspects:
         """Suspect nothing."""
         self._clock = clock
         self._known: OrderedDict[bytes, _Record] = OrderedDict()  # by digest, the oldest first
-        self._prompts: Counter[int] = Counter()  # of those known: with another prompt no pixels need be read
+        self._glances: Counter[int] = Counter()  # of those known: what looks different need not be read
 
     def standing(self, samples: Sequence[Sample]) -> Standing:
         """Return what is known about a sample, or a group."""
-        if not self._prompts or not _prompts(samples) & self._prompts.keys():
+        if not self._glances or _glance(samples) not in self._glances:
             return "free"
         record = self._known.get(_digest(samples))
         return record.standing if record is not None and self._clock() < record.until else "free"
@@ -57,8 +58,8 @@ class Suspects:
         for unit in units:
             digest = _digest(unit)
             self._forget(digest)
-            self._known[digest] = _Record("guilty" if guilty else "suspect", now + KEPT_SECONDS, _prompts(unit))
-            self._prompts.update(self._known[digest].prompts)
+            self._known[digest] = _Record("guilty" if guilty else "suspect", now + KEPT_SECONDS, _glance(unit))
+            self._glances[self._known[digest].glance] += 1
         while len(self._known) > KEPT or next(iter(self._known.values())).until <= now:
             self._forget(next(iter(self._known)))
         return guilty
@@ -70,14 +71,16 @@ class Suspects:
 
     def _forget(self, digest: bytes) -> None:
         record = self._known.pop(digest, None)
-        for prompt in record.prompts if record is not None else ():
-            self._prompts[prompt] -= 1
-            if not self._prompts[prompt]:
-                del self._prompts[prompt]
+        if record is not None:
+            self._glances[record.glance] -= 1
+            if not self._glances[record.glance]:
+                del self._glances[record.glance]
 
 
-def _prompts(samples: Sequence[Sample]) -> frozenset[int]:
-    return frozenset(hash(sample.prompt) for sample in samples)
+def _glance(samples: Sequence[Sample]) -> int:
+    """Return a hash of the prompts and of some values of each picture."""
+    seen = [array.reshape(-1)[:: max(1, array.size // GLANCED)].tobytes() for each in samples for array in each.media]
+    return hash((*(sample.prompt for sample in samples), *seen))
 
 
 def _digest(samples: Sequence[Sample]) -> bytes:

@@ -218,6 +218,7 @@ class ModelInfo(Reply):
     batch_size: int = 1
     # Of one call at most: an item (or a group of a groupwise model) that has more is refused. None: not told.
     batch_pixels: int | None = None
+    batch_tokens: int | None = None  # likewise, at four bytes of a prompt each
     limits: Limits = Limits()
 
 
