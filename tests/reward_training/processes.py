@@ -55,6 +55,12 @@ def trainer(group: Distributed, *, bad: int | None = None) -> RewardTrainer:
 
 def main(output: Path, kind: str) -> None:
     group = join(kind)
+    work(group, output, kind)  # its models are gone before the group is: see Distributed.close
+    group.close()
+
+
+def work(group: Distributed, output: Path, kind: str) -> None:
+    """Train, save, resume, fail; write what came of it."""
     run = trainer(group)
     answers: dict[str, Any] = {"steps": [dict(step.metrics) for step in run.run()]}
     run.whole_model().save_pretrained(output / f"rank{group.rank}") if group.is_main else run.whole_model()
@@ -83,7 +89,6 @@ def main(output: Path, kind: str) -> None:
         answers["mean"] = mean_of_a_batch(group)
     (output / f"rank{group.rank}.json").write_text(json.dumps(answers))
     group.gather(None)
-    group.close()
 
 
 def mean_of_a_batch(group: Distributed) -> dict[str, Any]:

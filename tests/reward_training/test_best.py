@@ -43,6 +43,11 @@ def test_a_step_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
     assert consider(models, {20: 0.4}) == [10, 20]
     models.forget(after=10)
     assert [model.step for model in models.models()] == [10]
+    models.set_aside()
+    assert models.models() == [] and (tmp_path / "best.old" / "step_000010" / "weights").is_file()
+    consider(models, {30: 0.5})
+    models.set_aside(), models.set_aside()
+    assert [path.name for path in (tmp_path / "best.old").iterdir()] == ["step_000030"]
 
 
 def test_unknown_metrics_are_named(tmp_path: Path) -> None:

@@ -39,15 +39,18 @@ def run_reward_training(source: str, overrides: Sequence[tuple[str, str]]) -> Pa
     kind, config = load_reward_config(source, overrides)
     distributed = Distributed()
     try:
-        with distributed.together():
-            fitting = kind.build(config)
-        with distributed.together():
-            trainer = RewardTrainer(fitting, config.train, seed=config.seed, distributed=distributed)
-        run = _RewardRun(trainer, fitting, config, kind, distributed)
-        run.to_the_end()
+        _train(kind, config, distributed)  # its model is gone when the group is left
     finally:
         distributed.close()
-    return run.folder
+    return Path(str(config.output_dir))
+
+
+def _train(kind: RewardModelKind, config: FitRunConfig, distributed: Distributed) -> None:
+    with distributed.together():
+        fitting = kind.build(config)
+    with distributed.together():
+        trainer = RewardTrainer(fitting, config.train, seed=config.seed, distributed=distributed)
+    _RewardRun(trainer, fitting, config, kind, distributed).to_the_end()
 
 
 class _RewardRun:
@@ -100,8 +103,11 @@ class _RewardRun:
             changed = changed_keys(self.folder / CONFIG_FILE, self.config, (*IDENTITY, *self.kind.identity))
             self.trainer.load(checkpoint)
         with self.distributed.together():
-            if self.distributed.is_main and self.best is not None and (changed or checkpoint is None):
-                self.best.forget(after=self.trainer.step if checkpoint is not None else -1)
+            if self.distributed.is_main and self.best is not None:
+                if checkpoint is None:
+                    self.best.set_aside()
+                elif changed:
+                    self.best.forget(after=self.trainer.step)
         if checkpoint is not None and self.distributed.is_main:
             for line in changed:
                 warn(f"{self.folder} goes on with another value: {line}")

@@ -87,6 +87,13 @@ class BestModels:
             if model.step > after:
                 shutil.rmtree(model.folder)
 
+    def set_aside(self) -> None:
+        """Make room for a new run: models of an earlier one move to `<directory>.old`, where they replace others."""
+        former = self.directory.with_name(f"{self.directory.name}.old")
+        if self.directory.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            self.directory.rename(former)
+
     def models(self) -> list[BestModel]:
         """Return what is kept, the best first."""
         return sorted(kept_models(self.directory), key=self._rank_of)

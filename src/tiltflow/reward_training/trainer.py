@@ -67,7 +67,8 @@ class RewardTrainer:
         check_schedule(config, self.total_steps)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self._parallel = ParallelModel(self.model, _optimizer(self.model, config), distributed)
+        optimizer = _optimizer(self.model, config, fused=distributed.device.type in ("cpu", "cuda"))
+        self._parallel = ParallelModel(self.model, optimizer, distributed)
 
     def run(self, *, status: Status = lambda stage: None) -> Iterator[FitStep]:
         """Train from the step after `self.step` to the last, yielding after each."""
@@ -255,7 +256,7 @@ class RewardTrainer:
         return load_steps(examples, steps, device=device, workers=config.workers, prefetch=config.prefetch)
 
 
-def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, config: FitConfig, *, fused: bool) -> torch.optim.Optimizer:
     """Return AdamW over what is trained; vectors (biases, norms) and scalars (temperatures) do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -264,9 +265,8 @@ def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.adam_eps
-    )
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, lr=config.lr, betas=config.betas, eps=config.adam_eps, fused=fused)
 
 
 def _add(totals: dict[str, float], more: Totals) -> None:

@@ -1,5 +1,6 @@
 """One process or many: ranks, shares of an epoch, sums over ranks, and failures that no rank waits for."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -96,8 +97,15 @@ class Distributed:
         self.agree(error)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; models that accelerate has prepared should be out of use by then.
+
+        They keep the group and its threads alive: a thread that still lets go of its last message while the interpreter
+        ends, or that a dying model waits for, aborts or hangs the process. So accelerate's own references to them go
+        first; the group's threads then end here.
+        """
         if self.world_size > 1:
+            self.accelerator.free_memory()
+            gc.collect()  # a model that DDP has wrapped refers to itself
             dist.destroy_process_group()
 
 
