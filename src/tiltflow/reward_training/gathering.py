@@ -28,7 +28,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     counts = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(counts, own)
     sizes = [int(count) for count in counts]
-    gathered: Any = _Gather.apply(rows, sizes)
+    gathered: Any = _Gather.apply(rows, sizes)  # of bytes too: what is no float has no gradient
     return gathered, sum(sizes[: dist.get_rank()])
 
 
