@@ -36,7 +36,7 @@ def rows_of(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
     return {key: value[rows] for key, value in batch.items()}
 
 
-def tiny_model(*, in_batch_negatives: bool = False, seed: int = 1, **options: bool) -> CLIPRewardModel:
+def tiny_model(*, in_batch_negatives: float = 0.0, seed: int = 1, **options: bool) -> CLIPRewardModel:
     """Return a random small model, in training mode."""
     towers = PickscoreRewardModel(tiny_backbone(seed=seed), **options)
     return CLIPRewardModel(towers, in_batch_negatives=in_batch_negatives)

@@ -221,8 +221,8 @@ def test_sums_over_micro_batches_are_the_batchs(training: bool) -> None:
     assert totals["pairs"] == 4
 
 
-@pytest.mark.parametrize("contrast", [True, False])
-def test_rows_of_weight_zero_count_nowhere(contrast: bool) -> None:
+@pytest.mark.parametrize("contrast", [1.0, 0.3, 0.0])
+def test_rows_of_weight_zero_count_nowhere(contrast: float) -> None:
     model, batch = tiny_model(in_batch_negatives=contrast), pair_batch()
     loss, totals = model(rows_of(batch, slice(0, 3)))
     gradient = torch.autograd.grad(loss, model.model.backbone.model.visual_projection.weight)[0]
@@ -233,8 +233,8 @@ def test_rows_of_weight_zero_count_nowhere(contrast: bool) -> None:
     assert same == pytest.approx(totals, rel=1e-5, abs=1e-4)
 
 
-@pytest.mark.parametrize("contrast", [True, False])
-def test_a_batch_in_which_nothing_counts(contrast: bool) -> None:
+@pytest.mark.parametrize("contrast", [1.0, 0.3, 0.0])
+def test_a_batch_in_which_nothing_counts(contrast: float) -> None:
     model = tiny_model(in_batch_negatives=contrast)
     loss, totals = model(pair_batch(weight=torch.zeros(5), skipped=torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0])))
     loss.backward()
@@ -246,7 +246,7 @@ def test_a_batch_in_which_nothing_counts(contrast: bool) -> None:
 
 
 def test_negatives_are_for_training_only() -> None:
-    model, batch = tiny_model(in_batch_negatives=True), pair_batch()
+    model, batch = tiny_model(in_batch_negatives=1.0), pair_batch()
     contrast, _ = model(batch)
     backbone = model.model.backbone
     images = [backbone.encode_pixels(model.preprocess(batch[key], PROMPTS)[0]) for key in ("img_0", "img_1")]
@@ -263,10 +263,12 @@ def test_negatives_are_for_training_only() -> None:
     torch.testing.assert_close(model(batch)[0], plain(batch)[0])
     model.prepare_for_training_step()
     torch.testing.assert_close(model(batch)[0], contrast)
+    model.in_batch_negatives = 0.25
+    torch.testing.assert_close(model(batch)[0], 0.25 * contrast + 0.75 * plain(batch)[0])
 
 
 def test_autocast_spares_the_logits() -> None:
-    model, batch = tiny_model(in_batch_negatives=True), pair_batch()
+    model, batch = tiny_model(in_batch_negatives=1.0), pair_batch()
     exact = model(batch)[0].item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, _ = model(batch)
@@ -381,7 +383,7 @@ from tests.reward_training.pairs import pair_batch, rows_of, tiny_model
 from tiltflow.runtime.distributed import Distributed
 
 group = Distributed()
-model = tiny_model(in_batch_negatives=True)
+model = tiny_model(in_batch_negatives=1.0)
 batch = pair_batch(weight=torch.tensor([1.0, 0.5, 1.0, 0.0, 1.0]))
 mine = slice(None) if group.world_size == 1 else (slice(0, 2), slice(2, 5))[group.rank]
 share = rows_of(batch, mine)

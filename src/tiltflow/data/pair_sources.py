@@ -8,6 +8,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -219,12 +220,21 @@ def _from_shards(files: Sequence[Path]) -> Any:
     names = [str(file) for file in files]
     try:
         if files[0].suffix == ".parquet":
-            rows = datasets.Dataset.from_parquet(names)
+            filled = [name for name in names if _rows_of_parquet(name)]  # the reader fails on a file without rows
+            rows = datasets.Dataset.from_parquet(filled) if filled else None
         else:
             rows = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
     except Exception as error:  # pyarrow and datasets fail on a damaged file each in its own way
-        raise DataError(f"pairs {', '.join(names[:3])} cannot be read: {error}") from error
+        reason = error.__cause__ or error
+        raise DataError(f"pairs {', '.join(names[:3])} cannot be read: {reason}") from error
+    if rows is None:
+        raise DataError(f"pairs {', '.join(names[:3])}: the set is empty; give one with at least one pair")
     return _undecoded(datasets, rows)
+
+
+def _rows_of_parquet(name: str) -> int:
+    parquet: Any = import_module("pyarrow.parquet")  # comes with datasets
+    return parquet.read_metadata(name).num_rows
 
 
 def _from_hub(name: str, split: str | None) -> Any:

@@ -136,13 +136,14 @@ class CLIPRewardModel(TrainableRewardModel):
     """A PickscoreRewardModel over pixels and strings: what a generator is trained with, and what a trainer fits."""
 
     def __init__(
-        self, model: PickscoreRewardModel, *, in_batch_negatives: bool = False, micro_batch_size: int | None = None
+        self, model: PickscoreRewardModel, *, in_batch_negatives: float = 0.0, micro_batch_size: int | None = None
     ):
         """Wrap a model.
 
         Args:
             model: The towers.
-            in_batch_negatives: Train with the other pairs of a micro-batch, on all processes, as wrong answers.
+            in_batch_negatives: Share of the training loss, from 0 to 1, in which the other pairs of a micro-batch, on
+                all processes, are wrong answers too; 1 is PickScore's option.
             micro_batch_size: How many images `get_reward` shows to the vision tower at once; None: all.
         """
         super().__init__()
@@ -188,8 +189,8 @@ class CLIPRewardModel(TrainableRewardModel):
     def forward(self, batch: Batch) -> tuple[Tensor, Totals]:
         """Return the weighted sum of the pairs' losses, and sums for `metrics`.
 
-        The loss of a pair is the divergence of `preference_kl`; in training mode with in-batch negatives it is that of
-        `pickscore_criterion`. Validation always tells the former, which does not depend on what shares a batch.
+        The loss of a pair is the divergence of `preference_kl`; with in-batch negatives a share of it is that of
+        `pickscore_criterion`, in training mode only: what validation tells does not depend on what shares a batch.
 
         Args:
             batch: `img_0` and `img_1`: B tensors `[H, W, 3]`; `prompt`: B strings; `label`: `[B, 2]`; `weight`: `[B]`;
@@ -199,11 +200,9 @@ class CLIPRewardModel(TrainableRewardModel):
         weights, labels = batch["weight"].to(device), batch["label"].to(device)
         columns = self._features(batch)
         rewards = self._rewards(columns)
+        loss = torch.where(weights > 0, weights.double() * preference_kl_rows(*rewards, labels), 0).sum()
         if self.in_batch_negatives and self.training:
-            loss = self._contrast(columns, labels, weights)
-        else:
-            rows = preference_kl_rows(*rewards, labels)
-            loss = torch.where(weights > 0, weights.double() * rows, 0).sum()
+            loss = loss.lerp(self._contrast(columns, labels, weights).double(), self.in_batch_negatives)
         detached = rewards[0].detach(), rewards[1].detach()
         return loss.float(), self._totals(loss.detach(), detached, labels, weights, batch["skipped"])
 

@@ -38,7 +38,8 @@ class ImageTextModelConfig(Config):
     freeze_text: bool = False
     freeze_logit_scale: bool = False
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    in_batch_negatives: bool = False  # the other pairs of a micro-batch, on all processes, are wrong answers too
+    # Share of the loss in which the other pairs of a micro-batch, on all processes, are wrong answers too.
+    in_batch_negatives: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _one_start(self) -> "ImageTextModelConfig":
