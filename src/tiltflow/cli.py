@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tiltflow.errors import ConfigError, TiltflowError
 
 Overrides = list[tuple[str, str]]
-WITH_CONFIG = ("train", "pretrain")
+WITH_CONFIG = ("train", "train-reward", "pretrain")
 FLAGS = ("--help", "--print-config")  # the only words with dashes that may come before the config
 SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "num_cpus", "num_gpus", "address")  # of serve
 # Set before the libraries are imported: their advice on loading is for people who call them directly.
@@ -35,19 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tiltflow", description="Post-train image generators towards rewards, and measure what it did."
+        prog="tiltflow",
+        description="Train reward models, post-train image generators towards rewards, and measure what it did.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser("train", help="post-train a generator", allow_abbrev=False)
-    train.add_argument("config", help="path of a YAML file, or the name of a packaged config such as shapes_ram")
-    train.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    train.set_defaults(run=_train)
-
-    pretrain = commands.add_parser("pretrain", help="make a small model from scratch", allow_abbrev=False)
-    pretrain.add_argument("config", help="path of a YAML file, or tiny_sd3 or tiny_words")
-    pretrain.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    pretrain.set_defaults(run=_pretrain)
+    _run_arguments(commands)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint's or a model's images", allow_abbrev=False)
     _policy_arguments(evaluate)
@@ -93,6 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _run_arguments(commands: Any) -> None:
+    """Add the commands that make a run of a config."""
+    kinds = {
+        "train": ("post-train a generator", "shapes_ram and others", _train),
+        "train-reward": ("train a reward model", "see docs/train_reward.md", _train_reward),
+        "pretrain": ("make a small model from scratch", "tiny_sd3 or tiny_words", _pretrain),
+    }
+    for name, (does, packaged, run) in kinds.items():
+        command = commands.add_parser(name, help=does, allow_abbrev=False)
+        command.add_argument("config", help=f"path of a YAML file, or the name of a packaged config ({packaged})")
+        command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+        command.set_defaults(run=run)
 
 
 def _positive(text: str) -> int:
@@ -143,6 +151,18 @@ def _train(arguments: argparse.Namespace, overrides: Overrides) -> None:
     from tiltflow.commands import run_training
 
     run_training(arguments.config, overrides)
+
+
+def _train_reward(arguments: argparse.Namespace, overrides: Overrides) -> None:
+    if arguments.print_config:
+        from tiltflow.commands import load_reward_config
+        from tiltflow.config import dump
+
+        print(dump(load_reward_config(arguments.config, overrides)[1]), end="")
+        return
+    from tiltflow.commands import run_reward_training
+
+    run_reward_training(arguments.config, overrides)
 
 
 def _pretrain(arguments: argparse.Namespace, overrides: Overrides) -> None:

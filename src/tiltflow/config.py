@@ -22,6 +22,11 @@ from tiltflow.types import Config
 
 REWARD_KEYS = ("rewards", "eval_rewards")
 PACKAGED = Path(__file__).parent / "configs"
+_COMMANDS = {
+    "train-reward": "a config for training a reward model",
+    "train": "the config of a training run",
+    "pretrain": "a pretraining config",
+}
 
 
 class DataConfig(Config):
@@ -95,8 +100,7 @@ def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> R
     """
     path = find_config(source)
     own = read_yaml(path)
-    if own.keys() & (PretrainConfig.model_fields.keys() - RunConfig.model_fields.keys()) and "policy" not in own:
-        raise ConfigError(f"{path} is a pretraining config; use it with: tiltflow pretrain {source}")
+    check_command(own, "train", path=path, source=source)
     values = override(own, overrides, RunConfig)
     known = [entry for key in REWARD_KEYS for entry in normalise_rewards(own.get(key) or (), key=key)]
     for key, text in overrides:
@@ -116,9 +120,19 @@ def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ())
     """
     path = find_config(source)
     own = read_yaml(path)
-    if "policy" in own:
-        raise ConfigError(f"{path} is the config of a training run; use it with: tiltflow train {source}")
+    check_command(own, "pretrain", path=path, source=source)
     return configure(PretrainConfig, own, overrides, source=str(path))
+
+
+def check_command(values: Mapping[str, Any], command: str, *, path: Path, source: str) -> None:
+    """Raise a ConfigError that names the right command if a config file is not one for this command."""
+    model = values.get("model")
+    rewards = isinstance(model, Mapping) and "reward_model_type" in model
+    pretrain = values.keys() & PretrainConfig.model_fields.keys() - {"seed", "output_dir", "model"}
+    found = [rewards, "policy" in values, bool(pretrain)]
+    right = next((name for name, is_it in zip(_COMMANDS, found, strict=True) if is_it), command)
+    if right != command:
+        raise ConfigError(f"{path} is {_COMMANDS[right]}; use it with: tiltflow {right} {source}")
 
 
 def configure(

@@ -1,22 +1,20 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tiltflow.commands.build import CONFIG_FILE, build_engines, build_trainer
 from tiltflow.commands.evaluator import Evaluator
-from tiltflow.config import RunConfig, dump, load_run_config, read_yaml
+from tiltflow.commands.run_folder import changed_keys, newest_checkpoint, start_trackers, warn
+from tiltflow.config import RunConfig, load_run_config
 from tiltflow.data import load_prompts
-from tiltflow.errors import ConfigError, RewardOutage
+from tiltflow.errors import RewardOutage
 from tiltflow.report import write_report
 from tiltflow.rewards import check_prompts
-from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
+from tiltflow.runtime.checkpoint import CheckpointStore
 from tiltflow.runtime.distributed import Distributed
-from tiltflow.runtime.files import make_folder
-from tiltflow.runtime.tracking import ProgressBar, TrackerGroup, build_trackers
+from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
 from tiltflow.training.trainer import Epoch, Trainer
 
 # A run whose config changes in one of these is another run.
@@ -63,7 +61,7 @@ def run_training(source: str, overrides: Sequence[tuple[str, str]]) -> Path:
 def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Path, distributed: Distributed) -> None:
     store = CheckpointStore(run_dir, keep=config.checkpoint.keep)
     resumed, changed = _resume(trainer, config, store, distributed)
-    with _trackers(config, run_dir, trainer.epoch if resumed else None, distributed) as trackers:
+    with start_trackers(config, run_dir, trainer.epoch if resumed else None, distributed) as trackers:
         evaluator.trackers = trackers
         if changed or not resumed:
             evaluator.forget(after=trainer.epoch)
@@ -106,77 +104,22 @@ def _save_if_stopped(trainer: Trainer, config: RunConfig, store: CheckpointStore
             store.save(trainer.epoch, trainer.save)
 
 
-@contextmanager
-def _trackers(
-    config: RunConfig, run_dir: Path, resumed_after: int | None, distributed: Distributed
-) -> Iterator[TrackerGroup]:
-    """Write the config into the run's folder and start its trackers on the main process; the others have none."""
-    trackers = TrackerGroup([])
-    with distributed.together():
-        if distributed.is_main:
-            make_folder(run_dir)
-            trackers = build_trackers(
-                config.tracking,
-                run_dir,
-                run_name=run_dir.name,
-                run_config=config.model_dump(mode="json"),
-                resume_step=None if resumed_after is None else resumed_after + 1,
-            )
-            write_atomically(run_dir / CONFIG_FILE, dump(config))
-    with trackers:
-        yield trackers
-
-
 def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distributed: Distributed) -> tuple[bool, bool]:
     """Load the newest intact checkpoint on all ranks, if there is one; the main process chooses it.
 
     Returns:
         Whether there was one, and whether its run had another config.
     """
-    chosen: Path | None = None
-    with distributed.together():
-        if distributed.is_main and store.directory.exists():
-            chosen = store.latest(on_skip=_warn)
-    checkpoint = distributed.gather(chosen)[0]
+    checkpoint = newest_checkpoint(store, distributed)
     if checkpoint is None:
         return False, False
-    changed = changed_keys(store.directory / CONFIG_FILE, config)
+    changed = changed_keys(store.directory / CONFIG_FILE, config, IDENTITY)
     trainer.load(checkpoint)
     if distributed.is_main:
         for line in changed:
-            _warn(f"{store.directory} goes on with another value: {line}")
+            warn(f"{store.directory} goes on with another value: {line}")
         print(f"resuming {store.directory} after epoch {trainer.epoch}", file=sys.stderr)
     return True, bool(changed)
-
-
-def changed_keys(path: Path, config: RunConfig) -> list[str]:
-    """Compare a run's saved config with the one it is resumed with.
-
-    Returns:
-        One line per key that has changed.
-
-    Raises:
-        ConfigError: A key has changed that makes it another run.
-    """
-    if not path.is_file():
-        return []
-    before, now = _flatten(read_yaml(path)), _flatten(config.model_dump(mode="json"))
-    lines = []
-    for key in sorted({*before, *now} - {"output_dir"}):
-        if before.get(key) == now.get(key):
-            continue
-        line = f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        if key.startswith(IDENTITY):
-            raise ConfigError(f"{path.parent} holds another run ({line}); choose another output_dir, or keep the value")
-        lines.append(line)
-    return lines
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _after_epoch(
@@ -197,7 +140,3 @@ def _after_epoch(
             write_report(store.directory)
     generated = config.train.num_prompts_per_epoch * config.train.group_size
     bar.advance(reward=metrics[f"reward/{trainer.engine.names[0]}/mean"], rate=generated / metrics["seconds/epoch"])
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

@@ -49,6 +49,29 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """Return the report as HTML."""
+    cards, sentences = contents.headline(run)
+    timings = contents.timings(run)
+    return (
+        templates()
+        .get_template(TEMPLATE)
+        .render(
+            run=run,
+            name=run.folder.resolve().name,
+            progress=progress_text(run),
+            cards=cards,
+            sentences=sentences,
+            rows_of_figures=[row for row in (reward_figures(run), update_figures(run)) if row],
+            pairs=contents.pairs(run, limit=MAX_PAIRS),
+            tag_tables=contents.tag_tables(run),
+            timings=timings,
+            timing_bar=Markup(stacked_bar([(name, total) for name, _, total in timings], title="share of each stage")),
+            failures=contents.failures(run),
+        )
+    )
+
+
+def templates() -> Environment:
+    """Return the templates of the reports."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,21 +80,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(estimate=estimate_text, difference=difference_text, duration=duration, picture=data_uri)
-    cards, sentences = contents.headline(run)
-    timings = contents.timings(run)
-    return environment.get_template(TEMPLATE).render(
-        run=run,
-        name=run.folder.resolve().name,
-        progress=progress_text(run),
-        cards=cards,
-        sentences=sentences,
-        rows_of_figures=[row for row in (reward_figures(run), update_figures(run)) if row],
-        pairs=contents.pairs(run, limit=MAX_PAIRS),
-        tag_tables=contents.tag_tables(run),
-        timings=timings,
-        timing_bar=Markup(stacked_bar([(name, total) for name, _, total in timings], title="share of each stage")),
-        failures=contents.failures(run),
-    )
+    return environment
 
 
 def reward_figures(run: Run) -> list[Figure]:

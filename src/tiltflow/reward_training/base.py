@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from tiltflow.errors import ConfigError
 
 # Tensors and lists of one length B, as `Examples.batch` made them.
 Batch: TypeAlias = Mapping[str, Any]
@@ -20,7 +24,11 @@ Totals: TypeAlias = Mapping[str, float]
 
 
 class TrainableRewardModel(nn.Module, ABC):
-    """A reward model while it is trained."""
+    """A reward model while it is trained.
+
+    Where several processes share the work, every parameter that is trained must take part in every `forward`, also in
+    one whose rows all have weight 0.
+    """
 
     @abstractmethod
     def weight(self, batch: Batch) -> float:
@@ -44,6 +52,41 @@ class TrainableRewardModel(nn.Module, ABC):
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Write the trained model where the reward of this kind, and the library it came from, can load it."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass rather than keep them; called once, before training.
+
+        Raises:
+            ConfigError: The model has nothing to do so with.
+        """
+        raise ConfigError(
+            f"train.gradient_checkpointing=true: {type(self).__name__} cannot compute its activations again; set it to "
+            "false, and train.micro_batch_size lower where memory is short"
+        )
+
+    def get_loss_and_metrics(self, batch: Batch, forward_only: bool = True) -> tuple[Tensor, dict[str, float]]:
+        """Return the mean loss of a batch and its metrics, exact over all processes of the group, if there is one.
+
+        Every process calls it, each with its own rows; sums and weights are added up before anything is divided.
+        Call `prepare_for_validation_step` or `prepare_for_training_step` first: this changes no mode.
+
+        Args:
+            batch: This process's rows, on the model's device.
+            forward_only: False also runs the backward pass. Each process then holds the gradient of its own rows'
+                part of the mean loss, added to what was there: the sum over processes is the gradient of the mean.
+
+        Returns:
+            A detached float32 scalar, the same on every process, and the metrics. Both are NaN where nothing counts,
+            and nothing then runs backward.
+        """
+        with torch.set_grad_enabled(not forward_only):
+            loss, totals = self(batch)
+        parts = [self.weight(batch), float(loss.detach()), *totals.values()]
+        weight, loss_sum, *sums = _over_processes(parts, device=loss.device)
+        mean = loss_sum / weight if weight > 0 else float("nan")
+        if not forward_only and weight > 0:
+            (loss / weight).backward()
+        return torch.tensor(mean, device=loss.device), self.metrics(dict(zip(totals, sums, strict=True)))
 
     def prepare_for_training_step(self) -> None:
         """Enter training mode."""
@@ -89,3 +132,12 @@ class Fitting:
     train: Examples
     validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
+
+
+def _over_processes(values: Sequence[float], *, device: torch.device) -> list[float]:
+    """Return the float64 sums over all processes; the values themselves where there is no process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()

@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit.
 
-A checkpoint is a folder `epoch_000012` with a `manifest.json` that lists the size and sha256 of every file. It is built
+A checkpoint is a folder `epoch_000012`, or `step_000012` of a run that counts steps, with a `manifest.json` that lists
+the size and sha256 of every file. It is built
 under a hidden name and appears by one rename, so a folder with a manifest is complete unless it was damaged later; the
 link `latest` points to the newest. Nothing is pickled: tensors go to safetensors, everything else to JSON.
 """
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.runtime.files import sync, system_error, write_atomically, write_error
@@ -33,7 +35,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 # `.replaced` holds the former folder of an epoch for the moment in which the new one takes its name.
-_FOLDER = re.compile(r"^(?:epoch_(\d{6,})|\.epoch_(\d{6,})\.replaced)$")
+_FOLDER = re.compile(r"^(?:(?:epoch|step)_(\d{6,})|\.(?:epoch|step)_(\d{6,})\.replaced)$")
 
 
 class _File(Config):
@@ -44,7 +46,7 @@ class _File(Config):
 
 class _Manifest(Config):
     version: int
-    epoch: int
+    epoch: int  # or step
     files: list[_File]
 
 
@@ -57,16 +59,18 @@ class CheckpointStore:
     Args:
         directory: The folder of the run; made at the first save.
         keep: How many checkpoints to keep, at least 1; while saving, the disk must hold one more.
+        unit: What the run counts; a folder holds checkpoints of one unit.
 
     Raises:
         ConfigError: `keep` is below 1.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+    def __init__(self, directory: Path, *, keep: int = 2, unit: Literal["epoch", "step"] = "epoch") -> None:
         if keep < 1:
             raise ConfigError(f"keep={keep}: at least 1 checkpoint must be kept; set it to 1 or more (default 2)")
         self.directory = Path(directory)
         self.keep = keep
+        self.unit = unit
 
     def save(self, epoch: int, write: Callable[[Path], None]) -> Path:
         """Write one checkpoint, repoint `latest` to it, then remove those that are no longer kept.
@@ -84,7 +88,7 @@ class CheckpointStore:
         """
         if epoch < 0:
             raise ConfigError(f"epoch={epoch}: a checkpoint number must be 0 or more")
-        final = self.directory / f"epoch_{epoch:06d}"
+        final = self._folder(epoch)
         temporary = self.directory / f".{final.name}.{os.getpid()}.tmp"
         latest = self.directory / "latest"
         if latest.exists() and not latest.is_symlink():
@@ -112,7 +116,7 @@ class CheckpointStore:
 
     def has(self, epoch: int) -> bool:
         """Tell whether there is a checkpoint of this number; it is not verified."""
-        return (self.directory / f"epoch_{epoch:06d}" / MANIFEST).is_file()
+        return (self._folder(epoch) / MANIFEST).is_file()
 
     def latest(self, *, on_skip: Callable[[str], None]) -> Path | None:
         """Return the newest checkpoint whose files all verify.
@@ -151,6 +155,9 @@ class CheckpointStore:
             on_skip(f"{message}; {self.directory} holds no checkpoint")
         return None
 
+    def _folder(self, number: int) -> Path:
+        return self.directory / f"{self.unit}_{number:06d}"
+
     def _folders(self) -> list[Path]:
         """Return the checkpoint folders, newest first; a finished one before the one it was about to replace."""
         if not self.directory.is_dir():
@@ -159,11 +166,11 @@ class CheckpointStore:
         return sorted(found, key=lambda path: (_number(path), not path.name.startswith(".")), reverse=True)
 
     def _clean_up_after_a_kill(self) -> None:
-        for path in self.directory.glob(".epoch_*.tmp"):
+        for path in self.directory.glob(f".{self.unit}_*.tmp"):
             # What cannot be removed now (an open file on NFS) is tried again at the next save.
             shutil.rmtree(path, ignore_errors=True)
-        for path in self.directory.glob(".epoch_*.replaced"):
-            name = self.directory / f"epoch_{_number(path):06d}"
+        for path in self.directory.glob(f".{self.unit}_*.replaced"):
+            name = self._folder(_number(path))
             if name.exists():
                 self._discard(path)
             else:
@@ -197,7 +204,7 @@ class CheckpointStore:
 
     def _discard(self, path: Path) -> None:
         # Renamed first, so that a kill half-way leaves no checkpoint with holes.
-        doomed = self.directory / f".epoch_{_number(path):06d}.{os.getpid()}.tmp"
+        doomed = self.directory / f".{self._folder(_number(path)).name}.{os.getpid()}.tmp"
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 

@@ -82,6 +82,36 @@ def replacing(path: Path) -> Iterator[Path]:
         raise write_error(path.name, path.parent, reason) from error
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        CheckpointError: The system refused; the old folder is untouched.
+    """
+    temporary, former = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "former"))
+    try:
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # what the umask gives; safetensors narrows it
+        for file in (file for file in temporary.rglob("*") if file.is_file()):
+            file.chmod(mode)
+            sync(file)
+        if path.exists():
+            os.rename(path, former)
+        os.rename(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(former, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = system_error(error)
+        if reason is None:
+            raise
+        raise write_error(path.name, path.parent, reason) from error
+
+
 def system_error(error: BaseException | None) -> OSError | None:
     """Return the refusal of the operating system behind an error, if there is one.
 

@@ -13,12 +13,14 @@ from rich.text import Text
 
 
 class ProgressBar:
-    """A progress bar over epochs on stderr; one plain line per epoch when stderr is no terminal.
+    """A progress bar over epochs, or steps, on stderr; plain lines when stderr is no terminal.
 
     Args:
         total: The last epoch, counted from 1.
         start: Epochs that a resumed run has behind it.
         title: Shown in front.
+        unit: What is counted, if not epochs.
+        line_every: A plain line for every so many of them, and for the last.
         enabled: False prints nothing at all.
         clock: Seconds of a clock that never goes back.
 
@@ -34,11 +36,15 @@ class ProgressBar:
         *,
         start: int = 0,
         title: str = "train",
+        unit: str = "epoch",
+        line_every: int = 1,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
         self.done = start
+        self._unit = unit
+        self._line_every = line_every
         self._enabled = enabled
         self._clock = clock
         # The last few epochs only: the first ones of a run are slower (compilation, caches).
@@ -48,7 +54,7 @@ class ProgressBar:
             self._progress = Progress(
                 SpinnerColumn(),
                 TextColumn(title, markup=False),
-                TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn(unit + " {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[numbers]}", markup=False),
                 TimeElapsedColumn(),
@@ -64,22 +70,24 @@ class ProgressBar:
         self._ends.clear()
         self._ends.append(self._clock())
 
-    def advance(self, *, reward: float | None = None, rate: float | None = None) -> None:
+    def advance(self, *, reward: float | None = None, rate: float | None = None, **more: float) -> None:
         """Count one finished epoch.
 
         Args:
             reward: Its mean reward; None or NaN is left out.
             rate: Samples per second; None or NaN is left out.
+            **more: Other numbers under their names; NaN is left out.
         """
         self.done += 1
         self._ends.append(self._clock())
-        parts = [f"reward {reward:.4g}"] if reward is not None and not math.isnan(reward) else []
+        shown = {**more} if reward is None else {"reward": reward, **more}
+        parts = [f"{name} {value:.4g}" for name, value in shown.items() if not math.isnan(value)]
         if rate is not None and not math.isnan(rate):
             parts.append(f"{rate:.1f} samples/s")
         if self._progress is not None:
             self._progress.update(self._task, completed=self.done, numbers="  ".join(parts), stage="")
-        elif self._enabled:
-            line = [f"epoch {self.done}/{self.total}", *parts, f"left {format_duration(self.seconds_left())}"]
+        elif self._enabled and (self.done % self._line_every == 0 or self.done == self.total):
+            line = [f"{self._unit} {self.done}/{self.total}", *parts, f"left {format_duration(self.seconds_left())}"]
             print("  ".join(line), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
