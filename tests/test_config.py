@@ -21,8 +21,9 @@ from tiltflow.config import (
 from tiltflow.errors import ConfigError, TiltflowError
 from tiltflow.policies.sd3 import ATTENTION_TARGETS
 
-RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_ram", "words_ram"]
+RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_pickscore", "shapes_ram", "words_ram"]
 PRETRAIN_CONFIGS = ["tiny_sd3", "tiny_words"]
+REWARD_CONFIGS = ["shapes_preference"]  # loaded in tests/reward_training
 PUBLISHED = {
     "geneval_sd3": (100.0, 4.5, "Geneval", "geneval"),
     "ocr_sd3": (100.0, 4.5, "OCR", "ocr"),
@@ -54,7 +55,7 @@ def shapes(*overrides: tuple[str, str]) -> RunConfig:
 
 
 def test_every_packaged_config_loads() -> None:
-    assert packaged_configs() == sorted([*RUN_CONFIGS, *PRETRAIN_CONFIGS, "tiny_sd3_phase2"])
+    assert packaged_configs() == sorted([*RUN_CONFIGS, *PRETRAIN_CONFIGS, *REWARD_CONFIGS, "tiny_sd3_phase2"])
     for name in RUN_CONFIGS:
         assert load_run_config(name).output_dir == f"outputs/{name}"
     for name in PRETRAIN_CONFIGS:

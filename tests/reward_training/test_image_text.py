@@ -177,9 +177,9 @@ def test_a_model_of_which_nothing_learns_is_refused() -> None:
 def test_checkpointing_activations_changes_nothing(tmp_path: Path) -> None:
     folder, gradients = save_clip(tmp_path / "clip"), []
     for checkpointing in (False, True):
-        config = ImageTextModelConfig(pretrained=str(folder), gradient_checkpointing=checkpointing)
-        model = build_model(config, [], seed=0)
-        model.train()
+        model = build_model(ImageTextModelConfig(pretrained=str(folder)), [], seed=0)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
         model(pair_batch())[0].backward()
         gradients.append(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]))
         assert model.model.backbone.model.vision_model.encoder.gradient_checkpointing == checkpointing

@@ -3,7 +3,7 @@
 from tiltflow.reward_training.image_text import (
     CLIPRewardModel,
     PickscoreRewardModel,
-    RewardModelConfig,
+    RewardInferenceConfig,
     get_reward_model,
 )
 from tiltflow.reward_training.preference import pickscore_criterion, preference_kl
@@ -11,7 +11,7 @@ from tiltflow.reward_training.preference import pickscore_criterion, preference_
 __all__ = [
     "CLIPRewardModel",
     "PickscoreRewardModel",
-    "RewardModelConfig",
+    "RewardInferenceConfig",
     "get_reward_model",
     "pickscore_criterion",
     "preference_kl",

@@ -42,7 +42,7 @@ SUMS: Final = (
 )
 
 
-class RewardModelConfig(Config):
+class RewardInferenceConfig(Config):
     """Which trained model `get_reward_model` loads."""
 
     pretrained: str  # folder, or hub repository, of a CLIP in transformers' format
@@ -229,6 +229,10 @@ class CLIPRewardModel(TrainableRewardModel):
         """Write a CLIP in transformers' format, which the reward `PickScore` loads too."""
         save_clip(self.model.backbone, folder)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the activations of both towers' layers again in the backward pass."""
+        self.model.backbone.checkpoint_activations()
+
     def _pixels(self, images: Levels) -> Tensor:
         device = self.model.backbone.device
         for image in images[:1] if isinstance(images, Tensor) else images:
@@ -305,11 +309,11 @@ class CLIPRewardModel(TrainableRewardModel):
         return dict(zip(SUMS, torch.stack([value.double() for value in values]).tolist(), strict=True))
 
 
-def get_reward_model(cfg: RewardModelConfig | Mapping[str, Any], mbs: int, gbs: int) -> CLIPRewardModel:
+def get_reward_model(cfg: RewardInferenceConfig | Mapping[str, Any], mbs: int, gbs: int) -> CLIPRewardModel:
     """Load a trained reward model to score with, or to train a generator with: frozen, in eval mode.
 
     Args:
-        cfg: Which one, a `RewardModelConfig` or its keys.
+        cfg: Which one, a `RewardInferenceConfig` or its keys.
         mbs: Images that go through the vision tower at once.
         gbs: Images of one step on all processes; a multiple of `mbs`.
 
@@ -319,7 +323,7 @@ def get_reward_model(cfg: RewardModelConfig | Mapping[str, Any], mbs: int, gbs: 
 
     Example: `get_reward_model({"pretrained": "yuvalkirstain/PickScore_v1"}, mbs=4, gbs=32)`.
     """
-    config = cfg if isinstance(cfg, RewardModelConfig) else RewardModelConfig.model_validate(dict(cfg))
+    config = cfg if isinstance(cfg, RewardInferenceConfig) else RewardInferenceConfig.model_validate(dict(cfg))
     check_divisible("mbs", mbs, 1, why="a number of images")
     check_divisible("gbs", gbs, mbs, why="whole micro-batches")
     folder = WeightsFolder(config.pretrained).require()

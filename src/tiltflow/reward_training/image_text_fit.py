@@ -1,7 +1,6 @@
 """From a config to an image-text reward model, its pairs and what was left out of them."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from pydantic import Field, model_validator
 
@@ -9,35 +8,24 @@ from tiltflow.data.drawn_pairs import DrawnPairs, draw_pairs
 from tiltflow.data.image_preferences import ImagePreferences, PairFilter
 from tiltflow.data.pair_sources import open_pairs
 from tiltflow.reward_training.base import Fitting
+from tiltflow.reward_training.fit_config import FitRunConfig, ImageTextFitConfig, RewardModelConfig, RewardModelKind
 from tiltflow.reward_training.image_text import CLIPRewardModel, PickscoreRewardModel
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.clip_loading import load_clip_folder
 from tiltflow.scorers.clip_new import ClipSizes, new_clip
 from tiltflow.types import Config
 
-# How the published models of this kind were trained, under the names of the trainer's config.
-TRAINING_DEFAULTS: Final[Mapping[str, Any]] = {
-    "lr": 3e-6,
-    "betas": (0.9, 0.999),
-    "weight_decay": 0.01,
-    "warmup_steps": 500,
-    "schedule": "linear",
-    "max_steps": 4000,
-    "batch_size": 128,
-    "max_grad_norm": 1.0,
-}
 
-
-class ImageTextModelConfig(Config):
+class ImageTextModelConfig(RewardModelConfig):
     """Where the model starts from, and what of it learns how."""
 
+    reward_model_type: str = "image_text"
     pretrained: str | None = None  # folder, or hub repository, of a CLIP in transformers' format
     from_scratch: ClipSizes | None = None  # or a new one of these sizes
     tokenizer: str | None = None  # of a pretrained one: folder or hub repository; None looks for it
     freeze_vision: bool = False
     freeze_text: bool = False
     freeze_logit_scale: bool = False
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     # Share of the loss in which the other pairs of a micro-batch, on all processes, are wrong answers too.
     in_batch_negatives: float = Field(default=0.0, ge=0, le=1)
 
@@ -73,6 +61,14 @@ class ImageTextDataConfig(PairFilter):
 
     train: PairsConfig
     validation: dict[str, PairsConfig] = Field(default_factory=dict[str, PairsConfig])  # by name
+
+
+class ImageTextRunConfig(FitRunConfig):
+    """Everything that decides the training of an image-text reward model."""
+
+    model: ImageTextModelConfig
+    data: ImageTextDataConfig
+    train: ImageTextFitConfig = ImageTextFitConfig()
 
 
 def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, seed: int) -> Fitting:
@@ -118,8 +114,6 @@ def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int)
         freeze_text=config.freeze_text,
         freeze_logit_scale=config.freeze_logit_scale,
     )
-    if config.gradient_checkpointing:
-        backbone.checkpoint_activations()
     return CLIPRewardModel(towers, in_batch_negatives=config.in_batch_negatives)
 
 
@@ -127,3 +121,10 @@ def _read(pairs: PairsConfig, rules: PairFilter) -> ImagePreferences:
     if pairs.drawn is not None:
         return ImagePreferences(draw_pairs(pairs.drawn), rules)
     return ImagePreferences(open_pairs(pairs.source or "", split=pairs.split), rules)
+
+
+def _build(config: ImageTextRunConfig) -> Fitting:
+    return build_image_text(config.model, config.data, seed=config.seed)
+
+
+IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build)
