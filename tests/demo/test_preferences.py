@@ -118,3 +118,21 @@ def test_written_pairs_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert all(torch.equal(a, b) for a, b in zip(found[key], expected[key], strict=True))
     write_pairs(drawn, tmp_path / "two.parquet", places=[3, 5])
     assert len(read_preferences(str(tmp_path / "two.parquet"), PairFilter())) == 2
+
+
+def test_flaws_are_those_that_are_asked_for() -> None:
+    pairs = DrawnPreferences(DrawnPairs(pairs=200, ties=0.0, degraded=0.0, flaws=("count", "color")))
+    assert set(pairs.kinds) == {"count", "color"}
+    assert {line["tag"] for line in pairs.lines} == {"counting", "colors", "color_attr"}
+
+
+def test_wrong_scenes_of_training_pairs_are_not_those_of_held_out_prompts() -> None:
+    unseen = {content(line) for line in split_prompts("test")}
+    rng, avoided = np.random.default_rng(0), 0
+    for line in [line for line in split_prompts("train") if line["tag"] == "counting"]:
+        plain = {content(spoil(line, "count", rng)) for _ in range(20)}
+        spared = {content(spoil(line, "count", rng, unseen=unseen)) for _ in range(20)}
+        if plain - unseen:  # there is another number than the held-out one
+            assert spared == plain - unseen
+            avoided += bool(plain & unseen)
+    assert avoided > 0  # or there would be nothing to avoid

@@ -11,6 +11,9 @@ from tiltflow.types import Config
 _DRAWN: Final = "tiltflow.demo.preferences"  # imported when asked for
 
 
+Flaw = Literal["color", "shape", "count", "position"]
+
+
 class DrawnPairs(Config):
     """Pairs of drawn scenes of which one is what its prompt says and the other is not."""
 
@@ -19,6 +22,7 @@ class DrawnPairs(Config):
     ties: float = Field(default=0.1, ge=0, le=1)  # share of pairs of which both are right
     degraded: float = Field(default=0.2, ge=0, le=1)  # share, of the rest, of which one is blurred, noisy or compressed
     label_noise: float = Field(default=0.0, ge=0, le=0.5)  # share of preferences that are the wrong way round
+    flaws: tuple[Flaw, ...] = Field(default=("color", "shape", "count", "position"), min_length=1)  # of the others
     seed: int = Field(default=0, ge=0)
 
 
