@@ -1,6 +1,7 @@
 """Image-text reward models by the command: config, pairs, trainer, files; and the whole chain on the drawn world."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from tests.data.test_image_preferences import write_lines
+from tests.invariant.runs import ROOT
 from tiltflow import cli
 from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.config import load_run_config
@@ -114,6 +116,16 @@ def test_the_defaults_are_the_published_ones(tmp_path: Path) -> None:
     assert (train.warmup_steps, train.max_steps, train.batch_size, train.max_grad_norm) == (500, 4000, 128, 1.0)
     assert isinstance(config, ImageTextRunConfig)
     assert (config.model.in_batch_negatives, config.data.filter_ties, config.data.weight_by_prompt) == (0, False, False)
+
+
+def test_the_documented_configs_are_valid() -> None:
+    page = (ROOT / "docs" / "train_reward_image.md").read_text()
+    blocks = re.findall(r"```yml\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        config = ImageTextRunConfig.model_validate(yaml.safe_load(block))
+        defaults = ImageTextRunConfig.model_validate({"model": {"pretrained": "x"}, "data": {"train": {"source": "x"}}})
+        assert config.train.max_steps == defaults.train.max_steps == 4000
 
 
 def test_the_packaged_pair_of_configs_fits_together() -> None:
