@@ -17,6 +17,7 @@ PINNED = {
     "tiltflow.flow": ["sigma_schedule", "euler_step", "sde_step", "cps_step", "dance_sde_step", "sample"],
     "tiltflow.algorithms": ["ram_target", "ram_loss"],
     "tiltflow.training": ["group_advantages"],
+    "tiltflow.reward_training": ["preference_kl", "PickscoreRewardModel", "CLIPRewardModel", "get_reward_model"],
     "tiltflow.rewards": [
         "PointwiseRewardModel",
         "GroupwiseRewardModel",
@@ -47,6 +48,10 @@ SIGNATURES = {
     "tiltflow.algorithms:ram_target": "(v_ref, v_old, x0, eps, advantages, *, reward_multiplier)",
     "tiltflow.algorithms:ram_loss": "(v_theta, target)",
     "tiltflow.training:group_advantages": ADVANTAGES,
+    "tiltflow.reward_training:preference_kl": "(rewards_0, rewards_1, labels)",
+    "tiltflow.reward_training:get_reward_model": "(cfg, mbs, gbs)",
+    "tiltflow.reward_training:PickscoreRewardModel.get_reward": "(self, images, captions)",
+    "tiltflow.reward_training:CLIPRewardModel.get_reward": "(self, images, captions)",
     "tiltflow.rewards:build_reward": "(name_or_python_path, *, device=..., dtype=..., batch_size=..., **options)",
     "tiltflow.rewards:PointwiseRewardModel.__init__": REWARD,
     "tiltflow.rewards:GroupwiseRewardModel.__init__": REWARD,

@@ -254,7 +254,7 @@ def test_negatives_are_for_training_only() -> None:
         backbone.encode_tokens(model.preprocess(batch["img_0"], PROMPTS)[1]),
         *images,
         LABELS,
-        logit_scale=model.model.logit_scale.exp(),
+        logit_scale=model.model.scale,
         in_batch_negatives=True,
     )
     torch.testing.assert_close(contrast / 5, expected, atol=1e-3, rtol=1e-4)
@@ -421,4 +421,4 @@ def test_the_backbone_of_a_scorer_is_used(tmp_path: Path) -> None:
     backbone = tiny_backbone()
     towers = PickscoreRewardModel(backbone)
     assert towers.backbone is backbone
-    assert towers.logit_scale is backbone.model.logit_scale
+    torch.testing.assert_close(towers.scale, backbone.logit_scale)

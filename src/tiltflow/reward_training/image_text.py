@@ -92,13 +92,23 @@ class PickscoreRewardModel(nn.Module):
         backbone.requires_grad_(True)
         for tower in self._frozen:
             tower.requires_grad_(False)
-        model.logit_scale.requires_grad_(not freeze_logit_scale)
+        # Its own parameter of one number, for FSDP shards no scalars; the network's is written when it is saved.
+        initial = model.logit_scale.detach().clone()
+        del model.logit_scale
+        model.register_buffer("logit_scale", initial)
+        self.logit_scale = nn.Parameter(initial.reshape(1).clone(), requires_grad=not freeze_logit_scale)
         self.train()
 
     @property
-    def logit_scale(self) -> Tensor:
-        """The logarithm of what cosines are multiplied by, a scalar parameter."""
-        return self.backbone.model.logit_scale
+    def scale(self) -> Tensor:
+        """What cosines are multiplied by, exp(logit_scale): a float32 scalar."""
+        return self.logit_scale.float().exp().squeeze(0)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a CLIP in transformers' format."""
+        with torch.no_grad():
+            self.backbone.model.logit_scale.copy_(self.logit_scale.squeeze(0))
+        save_clip(self.backbone, folder)
 
     def get_reward(self, images: Tensor, captions: Tensor) -> Tensor:
         """Return the rewards of B images, float32 `[B]`.
@@ -117,7 +127,7 @@ class PickscoreRewardModel(nn.Module):
                 "[B, L], or give pixels and strings to CLIPRewardModel.get_reward"
             )
         cosine = (self.backbone.encode_pixels(images) * self.backbone.encode_tokens(captions)).sum(dim=-1)
-        return self.logit_scale.float().exp() * cosine
+        return self.scale * cosine
 
     def forward(self, images: Tensor, captions: Tensor) -> Tensor:
         """Return the rewards, as `get_reward`."""
@@ -227,7 +237,7 @@ class CLIPRewardModel(TrainableRewardModel):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a CLIP in transformers' format, which the reward `PickScore` loads too."""
-        save_clip(self.model.backbone, folder)
+        self.model.save_pretrained(folder)
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute the activations of both towers' layers again in the backward pass."""
@@ -259,7 +269,7 @@ class CLIPRewardModel(TrainableRewardModel):
         return Columns(backbone.encode_tokens(self._tokens(batch["prompt"])), images[:count], images[count:])
 
     def _rewards(self, columns: Columns) -> tuple[Tensor, Tensor]:
-        scale = self.model.logit_scale.float().exp()
+        scale = self.model.scale
         first, second = ((columns.texts * images).sum(dim=-1) for images in (columns.images_0, columns.images_1))
         return scale * first, scale * second
 
@@ -268,7 +278,7 @@ class CLIPRewardModel(TrainableRewardModel):
         counts = weights > 0
         (texts, place), (first, _), (second, _) = map(gather_rows, (columns.texts, columns.images_0, columns.images_1))
         everyone = gather_rows(counts.to(torch.uint8))[0].bool()
-        scale = self.model.logit_scale.float().exp()
+        scale = self.model.scale
         if not everyone.any():  # of no value, but every parameter still has its gradient
             return 0.0 * (scale + texts.sum() + first.sum() + second.sum())
         place = int(everyone[:place].sum())
@@ -292,7 +302,7 @@ class CLIPRewardModel(TrainableRewardModel):
         difference = torch.where(labels[:, 0] > labels[:, 1], 1.0, -1.0) * (rewards[0] - rewards[1]).double()
         margin = difference[counts & (labels.amax(dim=-1) > 0.5)].sum()
         counted = torch.cat([reward[counts].double() for reward in rewards])
-        scale = self.model.logit_scale.detach().double().exp() * counts.sum()
+        scale = self.model.scale.detach() * counts.sum()
         left_out = skipped.to(weights.device).sum()
         values = (
             weights.sum(),
