@@ -300,8 +300,8 @@ def test_several_mistakes_are_told_together() -> None:
 
 def test_a_missing_file_names_the_packaged_configs() -> None:
     assert message("no/such.yaml") == (
-        "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_ram, tiny_sd3, "
-        "tiny_sd3_phase2, tiny_words, words_ram"
+        "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_pickscore, "
+        "shapes_preference, shapes_ram, tiny_sd3, tiny_sd3_phase2, tiny_words, words_ram"
     )
 
 

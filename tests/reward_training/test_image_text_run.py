@@ -146,7 +146,7 @@ def test_the_packaged_pair_of_configs_fits_together() -> None:
 
 @pytest.mark.slow
 def test_the_chain_from_drawn_pairs_to_a_tilted_generator(tmp_path: Path) -> None:
-    """A short version: pairs, a reward model that tells clean pictures from bad ones, RAM towards it, GenEval beside."""
+    """A short version: pairs, a reward model that tells clean pictures from bad ones, RAM, GenEval beside."""
     words = ["--output_dir", str(tmp_path / "reward"), "--tracking.console", "false", "--max_steps", "40"]
     words += ["--model.from_scratch", str(SMALL | {"patch_size": 8}), "--batch_size", "32", "--validate_every", "20"]
     drawn = "{pairs: 600, degraded: 1.0, ties: 0.05, label_noise: 0.02}"
