@@ -21,8 +21,9 @@ from tiltflow.config import (
 from tiltflow.errors import ConfigError, TiltflowError
 from tiltflow.policies.sd3 import ATTENTION_TARGETS
 
-RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_ram", "words_ram"]
+RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_pickscore", "shapes_ram", "words_ram"]
 PRETRAIN_CONFIGS = ["tiny_sd3", "tiny_words"]
+REWARD_CONFIGS = ["shapes_preference"]  # loaded in tests/reward_training
 PUBLISHED = {
     "geneval_sd3": (100.0, 4.5, "Geneval", "geneval"),
     "ocr_sd3": (100.0, 4.5, "OCR", "ocr"),
@@ -54,7 +55,7 @@ def shapes(*overrides: tuple[str, str]) -> RunConfig:
 
 
 def test_every_packaged_config_loads() -> None:
-    assert packaged_configs() == sorted([*RUN_CONFIGS, *PRETRAIN_CONFIGS, "tiny_sd3_phase2"])
+    assert packaged_configs() == sorted([*RUN_CONFIGS, *PRETRAIN_CONFIGS, *REWARD_CONFIGS, "tiny_sd3_phase2"])
     for name in RUN_CONFIGS:
         assert load_run_config(name).output_dir == f"outputs/{name}"
     for name in PRETRAIN_CONFIGS:
@@ -299,8 +300,8 @@ def test_several_mistakes_are_told_together() -> None:
 
 def test_a_missing_file_names_the_packaged_configs() -> None:
     assert message("no/such.yaml") == (
-        "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_ram, tiny_sd3, "
-        "tiny_sd3_phase2, tiny_words, words_ram"
+        "config 'no/such.yaml': no such file; packaged: geneval_sd3, ocr_sd3, pickscore_sd3, shapes_pickscore, "
+        "shapes_preference, shapes_ram, tiny_sd3, tiny_sd3_phase2, tiny_words, words_ram"
     )
 
 

@@ -14,8 +14,9 @@ from tiltflow.commands import EMBEDDED_MODELS, build_policy
 from tiltflow.config import load_run_config
 from tiltflow.demo.words import FONT_FILE, DrawnWords, all_words, draw_word, split_prompts, word_prompt
 from tiltflow.errors import ConfigError
-from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tokenizer
+from tiltflow.policies.tiny_sd3 import TinySD3Config
 from tiltflow.rewards import build_reward
+from tiltflow.scorers.clip_tokenizer import build_tokenizer
 
 
 def words_of(split: str) -> list[str]:

@@ -12,7 +12,7 @@ from tiltflow.reward_training.fit_config import FitRunConfig, RewardModelKind
 # type -> "module:KIND"; third parties write the full Python path of a RewardModelKind in their config instead.
 REWARD_MODEL_TYPES: Mapping[str, str] = {
     "binary_ranking": "tiltflow.reward_training.language_build:BINARY_RANKING",
-    "image_text": "tiltflow.reward_training.image_text:IMAGE_TEXT",
+    "image_text": "tiltflow.reward_training.image_text_fit:IMAGE_TEXT",
     "regression": "tiltflow.reward_training.language_build:REGRESSION",
 }
 _KEYS = ("model.reward_model_type", "reward_model_type")  # of overrides

@@ -1,6 +1,7 @@
 """Image files to be scored, each with its prompt."""
 
 import glob
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,25 @@ class ImageFile:
         Raises:
             DataError: The file is missing, damaged or no image.
         """
-        try:
-            with Image.open(self.path) as file:
-                pixels = np.asarray(file.convert("RGB"))
-        except Exception as error:  # each format's reader fails on a damaged file in its own way
-            raise DataError(f"image {self.path} cannot be read: {error}") from error
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
+        return read_pixels(self.path, name=f"image {self.path}").permute(2, 0, 1).contiguous().float() / 255
+
+
+def read_pixels(image: bytes | Path, *, name: str) -> Tensor:
+    """Return an image as RGB, uint8 `[H, W, 3]`.
+
+    Args:
+        image: A file, or its content.
+        name: What the message of an error calls it.
+
+    Raises:
+        DataError: The file is missing, damaged or no image.
+    """
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
+            pixels = np.asarray(file.convert("RGB"))
+    except Exception as error:  # each format's reader fails on a damaged file in its own way
+        raise DataError(f"{name} cannot be read: {error}") from error
+    return torch.from_numpy(pixels.copy())
 
 
 def find_images(source: str, prompts: str | None = None) -> list[ImageFile]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tiltflow.evaluation.statistics import Z_95, Estimate, estimate
+from tiltflow.evaluation.statistics import Estimate, estimate
+from tiltflow.runtime.intervals import Z_95
 
 MATH: Final = "math-prm"
 CODE: Final = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))

@@ -12,8 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltflow.runtime.intervals import wilson
+
 RESAMPLES: Final = 2000
-Z_95: Final = 1.959963984540054
 _SEED: Final = 20_240_607
 
 Floats = NDArray[np.float64]
@@ -79,7 +80,7 @@ def estimate_known(values: Floats, clusters: NDArray[Any], strata: NDArray[Any],
     parts = [strata == stratum for stratum in np.unique(strata)]
     value = float(np.mean([values[part].mean() for part in parts]))
     if rate and (values.min() == values.max() or len(np.unique(clusters)) < 2):
-        return Estimate(value, *_wilson(value, count), count)
+        return Estimate(value, *wilson(value, count), count)
     if count == 1:
         return Estimate(value, math.nan, math.nan, count)
     generator = np.random.default_rng(_SEED)
@@ -135,11 +136,3 @@ def _resampled_means(values: Floats, clusters: NDArray[Any], generator: np.rando
     number = len(sizes)
     times_drawn = generator.multinomial(number, np.full(number, 1 / number), size=RESAMPLES).astype(np.float64)
     return (times_drawn @ sums) / (times_drawn @ sizes)
-
-
-def _wilson(rate: float, count: int) -> tuple[float, float]:
-    """Return the ends of the Wilson score interval of a rate."""
-    scale = 1 + Z_95**2 / count
-    center = (rate + Z_95**2 / (2 * count)) / scale
-    half = Z_95 / scale * math.sqrt(rate * (1 - rate) / count + Z_95**2 / (4 * count**2))
-    return (center - half if rate > 0 else 0.0), (center + half if rate < 1 else 1.0)  # exact where rounding is not

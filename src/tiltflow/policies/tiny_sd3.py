@@ -1,23 +1,21 @@
 """A tiny, untrained Stable Diffusion 3 of the real classes: made here, trained by `tiltflow pretrain tiny_sd3`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from tiltflow.scorers.clip_tokenizer import build_tokenizer
 from tiltflow.types import Config
 
 
@@ -107,42 +105,6 @@ def build_autoencoder(config: TinySD3Config) -> AutoencoderKL:
         sample_size=config.image_size,
         scaling_factor=1.0,
         shift_factor=0.0,
-    )
-
-
-def build_tokenizer(captions: Sequence[str], *, max_length: int) -> CLIPTokenizer:
-    """Learn a byte-level BPE in CLIP's form from `captions`; unknown words fall back to bytes, never to an error.
-
-    Without captions there is nothing to learn, and every letter is a token (another one at the end of a word).
-    """
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    bpe = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2_000,
-        min_frequency=1,
-        special_tokens=[start, end],
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(captions, trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    # Numbered anew: the trainer numbers the letters that end a word in an order that changes from run to run.
-    symbols = [start, end, *alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
-    vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,
-        bos_token=start,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-        model_max_length=max_length,
     )
 
 

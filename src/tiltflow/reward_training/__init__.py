@@ -8,6 +8,12 @@ from tiltflow.reward_training.fit_config import (
     RewardModelConfig,
     RewardModelKind,
 )
+from tiltflow.reward_training.image_text import (
+    CLIPRewardModel,
+    PickscoreRewardModel,
+    RewardInferenceConfig,
+    get_reward_model,
+)
 from tiltflow.reward_training.language import (
     REWARD_MODEL_CLASS_DICT,
     BinaryRankingRewardModel,
@@ -17,12 +23,14 @@ from tiltflow.reward_training.language import (
 from tiltflow.reward_training.language_build import build_language
 from tiltflow.reward_training.language_config import LanguageDataConfig, LanguageModelConfig, LanguageRunConfig
 from tiltflow.reward_training.losses import bradley_terry, masked_mse
+from tiltflow.reward_training.preference import pickscore_criterion, preference_kl
 from tiltflow.reward_training.trainer import FitStep, RewardTrainer
 
 __all__ = [
     "REWARD_MODEL_CLASS_DICT",
     "Batch",
     "BinaryRankingRewardModel",
+    "CLIPRewardModel",
     "Examples",
     "FitConfig",
     "FitRunConfig",
@@ -32,7 +40,9 @@ __all__ = [
     "LanguageDataConfig",
     "LanguageModelConfig",
     "LanguageRunConfig",
+    "PickscoreRewardModel",
     "RegressionRewardModel",
+    "RewardInferenceConfig",
     "RewardModelConfig",
     "RewardModelKind",
     "RewardModelType",
@@ -41,5 +51,8 @@ __all__ = [
     "TrainableRewardModel",
     "bradley_terry",
     "build_language",
+    "get_reward_model",
     "masked_mse",
+    "pickscore_criterion",
+    "preference_kl",
 ]

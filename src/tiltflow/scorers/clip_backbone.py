@@ -1,6 +1,7 @@
 """A CLIP network whose image and text features several rewards share."""
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,13 @@ class ClipBackbone(nn.Module):
         """
         pooled = self.model.text_model(input_ids=input_ids.to(self.device)).pooler_output
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def checkpoint_activations(self) -> None:
+        """From now on compute activations again in the backward pass of training instead of keeping them."""
+        with warnings.catch_warnings():
+            # Later releases of transformers 5 have another name for it, which the earlier ones do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forget(self) -> None:
         """Forget all features."""

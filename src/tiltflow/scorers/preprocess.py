@@ -13,6 +13,7 @@ from torch import Tensor
 
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+LEVEL: Final = 0.00392156862745098  # 1/255, to the digit that published processors multiply by
 
 
 def clip_preprocess(images: Tensor | Sequence[Tensor], *, size: int = 224) -> Tensor:
@@ -28,6 +29,24 @@ def clip_preprocess(images: Tensor | Sequence[Tensor], *, size: int = 224) -> Te
     Source: the CLIP processor, in the tensor form of NeMo-Aligner's `image_text_rms.py`.
     """
     return normalise(torch.cat([_resize_and_crop(part, size) for part in _by_size(images)]))
+
+
+def clip_preprocess_levels(images: Tensor | Sequence[Tensor], *, size: int = 224) -> Tensor:
+    """Do what `clip_preprocess` does to images whose pixels are levels of a byte, in rows of pixels.
+
+    The order is that of the reference to the letter: resize the levels, crop, multiply by 1/255, normalise.
+
+    Args:
+        images: `[B, H, W, 3]`, or B tensors `[H, W, 3]` of any sizes; float in [0, 255].
+        size: Side of the square that the network reads.
+
+    Returns:
+        `[B, 3, size, size]`, differentiable to the pixels.
+
+    Source: `differentiable_preprocess` of NeMo-Aligner's `image_text_rms.py`.
+    """
+    channels_first = images.movedim(-1, 1) if isinstance(images, Tensor) else [image.movedim(-1, 0) for image in images]
+    return normalise(LEVEL * torch.cat([_resize_and_crop(part, size) for part in _by_size(channels_first)]))
 
 
 def hps_preprocess(images: Tensor | Sequence[Tensor], *, size: int = 224, antialias: bool = True) -> Tensor:

@@ -1,0 +1,53 @@
+"""An image-text reward model trained by one process and by two, with DDP and with FSDP2: the same numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.invariant.runs import ROOT, environment
+
+
+def start(
+    folder: Path, *, processes: int, kind: str, negatives: float
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Run the program and return the metrics of its steps, without times, and the weights that it saved."""
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = ["-m", "tests.reward_training.image_processes", str(folder), kind, str(negatives)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), *program],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((folder / "steps.json").read_text())
+    kept = [{key: value for key, value in step.items() if not key.endswith("seconds")} for step in steps]
+    return kept, load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("negatives", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_make_the_run_of_one(tmp_path: Path, kind: str, negatives: float) -> None:
+    steps, weights = start(tmp_path / "one", processes=1, kind="ddp", negatives=negatives)
+    found, shared = start(tmp_path / "two", processes=2, kind=kind, negatives=negatives)
+    assert len(steps) == 6
+    assert {"train/loss", "train/accuracy", "validation/loss"} <= steps[1].keys()
+    for one, two in zip(steps, found, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert weights.keys() == shared.keys()
+    for name, weight in weights.items():
+        if not name.endswith(
+            "k_proj.bias"
+        ):  # it shifts all logits alike: its gradient is rounding, which Adam scales up
+            torch.testing.assert_close(shared[name], weight, atol=2e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
