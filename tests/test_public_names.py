@@ -176,7 +176,8 @@ def test_rooms_with_a_surface_are_found() -> None:
 
 @pytest.mark.parametrize("path", [f"{module}:{name}" for module, names in PINNED.items() for name in names])
 def test_pinned_name_is_importable(path: str) -> None:
-    assert callable(resolve(path))
+    found = resolve(path)
+    assert callable(found) or (path.endswith("_DICT") and all(map(callable, found.values())))
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

@@ -15,6 +15,7 @@ from tiltflow.policies.sd3 import SD3Config
 from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
 from tiltflow.rewards.registry import check_reward, sealed_reward
 from tiltflow.runtime.tracking import TrackingConfig
+from tiltflow.runtime.yaml_values import parse_value, read_yaml, set_key
 from tiltflow.training.pretrain import PretrainConfig
 from tiltflow.training.rollout import SamplerConfig
 from tiltflow.training.trainer import TrainConfig
@@ -260,26 +261,6 @@ def _packaged_hint(name: str) -> str:
     return (f"; did you mean {near[0]!r}?" if near else "") + f"; packaged: {', '.join(names)}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML, or holds something else than a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {path} must hold a mapping of keys; it holds {type(values).__name__}")
-    for key in values:
-        if not isinstance(key, str):  # YAML reads a bare `on` or `1` so
-            raise ConfigError(f"config {path}: key {key!r} is no text; put it in quotes")
-    return values
-
-
 def override(
     values: Mapping[str, Any], overrides: Sequence[tuple[str, str]], schema: type[BaseModel]
 ) -> dict[str, Any]:
@@ -293,35 +274,6 @@ def override(
         full = resolve_key(key, schema)
         set_key(result, full, parse_value(key, text, as_text=_is_text(schema, full)))
     return result
-
-
-def parse_value(key: str, text: str, *, as_text: bool = False) -> Any:
-    """Read an override's value as YAML; `1e-4`, which YAML takes for a string, is a number.
-
-    Args:
-        key: Named in the message of an error.
-        text: What was typed.
-        as_text: The key holds text: a project called `2024` or `1e5` stays one, only `null` is none.
-    """
-    if as_text and text not in ("null", "~", ""):
-        return text
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key} {text!r} is not a valid YAML value: {_one_line(error)}") from error
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _one_line(error: yaml.YAMLError) -> str:
-    """Return what is wrong and the line, counted from 1, without YAML's excerpt of the file."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
 
 
 def resolve_key(key: str, schema: type[BaseModel]) -> str:
@@ -352,22 +304,6 @@ def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from dotted_keys(info.annotation, f"{prefix}{name}.")
-
-
-def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in a nested mapping, copying the sections on the way.
-
-    Raises:
-        ConfigError: A section on the way is something else than a mapping.
-    """
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, Mapping | None):
-            raise ConfigError(f"--{key}: {section} must be a mapping of keys in the config; it is {inner!r}")
-        values[section] = dict(inner or {})
-        values = values[section]
-    values[last] = value
 
 
 def dump(config: Config) -> str:

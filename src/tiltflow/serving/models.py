@@ -26,6 +26,9 @@ LOAD_SECONDS = 1800.0  # for a model to be made; large ones come over slow disks
 class ServedModel:
     """Scores samples in worker processes, in batches, as soon as one of them is free."""
 
+    state: State = "LOADING"
+    _stopping = False
+
     def __init__(
         self,
         name: str,
@@ -65,9 +68,7 @@ class ServedModel:
         self._batch_tokens = batch_tokens or BATCH_TOKENS
         self._metrics: Metrics = metrics or NoMetrics()
         self._queue = Queue(lambda items, nbytes: self._metrics.queue(name, items, nbytes))
-        self._pace = Pace()
-        self._suspects = Suspects()
-        self._stopping = False
+        self._pace, self._suspects = Pace(), Suspects()
         self._open = 0  # submitted samples that are not settled
         self._known = asyncio.Event()  # the state is not LOADING
         self._lanes = [
@@ -87,7 +88,6 @@ class ServedModel:
             )
             for _ in range(replicas)
         ]
-        self.state: State = "LOADING"
         self.info = ModelInfo(name=name, state=self.state, limits=limits, batch_size=batch_size or 1)
 
     @property
