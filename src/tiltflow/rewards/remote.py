@@ -133,6 +133,12 @@ class RemoteRewardModel(RewardModel):
         """Return what is sent."""
         return options.required_fields
 
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float:
+        """Return the time of the requests that a call takes at most: of single samples, or of one group."""
+        requests = 1 if cls.groupwise else config.batch_size
+        return requests * (config.timeout or DEFAULT_TIMEOUT)
+
     def close(self) -> None:
         """Close all connections; they are made again if the reward is asked after all."""
         self._client.close()

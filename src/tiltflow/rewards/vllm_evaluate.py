@@ -10,7 +10,14 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
-from tiltflow.rewards.judge import TOP_LOGPROBS, ChatEndpoint, EndpointSettings, JudgeOptions, NotOfferedError
+from tiltflow.rewards.judge import (
+    TOKENIZE_TIMEOUT,
+    TOP_LOGPROBS,
+    ChatEndpoint,
+    EndpointSettings,
+    JudgeOptions,
+    NotOfferedError,
+)
 from tiltflow.rewards.labels import LabelTokens, shares, spellings, token_masses, word_masses
 from tiltflow.rewards.wording import Wording, fill
 
@@ -84,8 +91,17 @@ class VllmEvaluateReward(PointwiseRewardModel):
             timeout=config.timeout or DEFAULT_TIMEOUT,
         )
         self._endpoint = ChatEndpoint(settings)
-        labels = {label: spellings(label) for label in (YES, NO)} if self._own.canonicalize else EXACT
-        self._labels = LabelTokens(self._endpoint, labels)
+        self._labels = LabelTokens(self._endpoint, _labels(self._own))
+
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float:
+        """Return the time of the requests for all images, twice where the first ones may turn out not to be offered."""
+        options: Any = cls.Options.model_validate(dict(config.options))
+        seconds = options.seconds_for(config.batch_size, timeout=config.timeout or DEFAULT_TIMEOUT)
+        if options.yes_token_ids or options.label_tokens == "off":
+            return seconds
+        words = 1 + sum(map(len, _labels(options).values()))
+        return words * TOKENIZE_TIMEOUT + 2 * seconds
 
     def __call__(
         self,
@@ -137,3 +153,8 @@ class VllmEvaluateReward(PointwiseRewardModel):
             }
         reward, _ = shares(masses, logprobs, min_mass=self._own.min_mass)
         return reward, sum(masses.values())
+
+
+def _labels(options: VllmEvaluateOptions) -> Mapping[str, Sequence[str]]:
+    """Return label -> the spellings of it that count."""
+    return {label: spellings(label) for label in (YES, NO)} if options.canonicalize else EXACT
