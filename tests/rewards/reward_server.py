@@ -198,6 +198,10 @@ class Script:
                 content["padding"] = "x" * (2**20 + 2**16 * len(results))
             case "poison":
                 results[int(value)] |= {"status": "error", "scores": {}, "error": error("scorer_error")[1]["error"]}
+            case "judge":  # places, such as 0,2: what scores them is out
+                for place in map(int, value.split(",")):
+                    told = error("upstream_judge")[1]["error"]
+                    results[place] |= {"status": "error", "scores": {}, "components": {}, "error": told}
             case "":
                 pass
             case _:
