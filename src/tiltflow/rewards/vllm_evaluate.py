@@ -18,7 +18,7 @@ from tiltflow.rewards.judge import (
     JudgeOptions,
     NotOfferedError,
 )
-from tiltflow.rewards.labels import LabelTokens, shares, spellings, token_masses, word_masses
+from tiltflow.rewards.labels import LabelTokens, check_absent, shares, spellings, token_masses, word_masses
 from tiltflow.rewards.wording import Wording, fill
 
 DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
@@ -45,6 +45,8 @@ class VllmEvaluateOptions(JudgeOptions):
     top_logprobs: int = Field(default=TOP_LOGPROBS, ge=1)  # tokens among which yes and no are looked for
     canonicalize: bool = True  # count spellings such as " yes" and "YES" too; false: "Yes" and "No" alone
     min_mass: float = Field(default=0.01, ge=0, le=1)  # of yes and no together, for an answer to count
+    # How much higher or lower the reward may be for a label that is not among the likeliest tokens and counts as zero.
+    max_uncertainty: float = Field(default=0.05, ge=0, le=1)
     # Ask for the labels' tokens directly, however improbable they are, if the server can tell them: auto, or off.
     label_tokens: Annotated[Literal["auto", "off"], BeforeValidator(_word)] = "auto"
     # Ask for these. They are two options because a mapping of yes and no would have truth values for keys: so YAML
@@ -152,6 +154,8 @@ class VllmEvaluateReward(PointwiseRewardModel):
                 for label, words in EXACT.items()
             }
         reward, _ = shares(masses, logprobs, min_mass=self._own.min_mass)
+        if not tokens:
+            check_absent(masses, logprobs, _labels(self._own), max_uncertainty=self._own.max_uncertainty)
         return reward, sum(masses.values())
 
 
