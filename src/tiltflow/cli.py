@@ -140,7 +140,9 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insecure", action="store_true", help="answer anyone who can reach the address")
     parser.add_argument("--replicas", type=_positive, default=1, help="worker processes of each reward")
     parser.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="after so long a call counts as hung")
+    parser.add_argument(
+        "--batch_seconds", type=float, help="after so long a call counts as hung: 60, or what a judge's timeouts allow"
+    )
     parser.add_argument("--load_seconds", type=float, default=1800.0, help="for a model to be ready")
     parser.add_argument(
         "--limit", action="append", default=[], help="name=value, such as items=512; as often as needed"

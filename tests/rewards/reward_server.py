@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from PIL import Image, ImageStat
 
 from tiltflow.serving import wire
 
+CONTROL_PATH = "/control"  # not of the protocol: GET tells what has come, POST what to do next and forgets that
 ROOT = Path(__file__).resolve().parents[2]
 Tensors = Mapping[str, wire.Pixels]
 Scoring = Callable[[Sequence[wire.Item], Tensors], list[float]]
@@ -147,11 +149,27 @@ class Script:
                 file.write(json.dumps(line) + "\n")
 
     async def respond(self, http: "Http") -> "Reply":
+        if http.path == CONTROL_PATH:
+            return self.control(http.body)
         if self.token and http.headers.get("authorization") != f"Bearer {self.token}":
             return reply(*error("unauthorized"))
         if http.path == wire.MODELS_PATH:
             return reply(200, {"object": "list", "data": [self.described().model_dump(mode="json")]})
         return await self.score(http)
+
+    def control(self, body: bytes) -> "Reply":
+        if body:
+            told = json.loads(body)
+            self.faults, self.always, self.seen = told["faults"], told["always"], []
+        came = [
+            {
+                "key": seen.headers[wire.KEY_HEADER.lower()],
+                "at": seen.at,
+                "left_ms": int(seen.headers[wire.DEADLINE_HEADER.lower()]),
+            }
+            for seen in self.seen
+        ]
+        return reply(200, came)
 
     async def score(self, http: "Http") -> "Reply":
         """Do what the next fault says."""
@@ -198,6 +216,10 @@ class Script:
                 content["padding"] = "x" * (2**20 + 2**16 * len(results))
             case "poison":
                 results[int(value)] |= {"status": "error", "scores": {}, "error": error("scorer_error")[1]["error"]}
+            case "judge":  # places, such as 0,2: what scores them is out
+                for place in map(int, value.split(",")):
+                    told = error("upstream_judge")[1]["error"]
+                    results[place] |= {"status": "error", "scores": {}, "components": {}, "error": told}
             case "":
                 pass
             case _:
@@ -324,6 +346,18 @@ class Process:
         self._listener.close()  # the process has it now; when it dies, connections are refused
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
+
+    def behave(self, *, faults: Sequence[str] = (), always: str = "") -> None:
+        """Say what happens to the next requests, and to those after; forget those that came."""
+        self._control(json.dumps({"faults": list(faults), "always": always}).encode())
+
+    def seen(self) -> list[Any]:
+        """Return key, moment (of the monotonic clock, which processes share) and time left of every request since."""
+        return self._control(None)
+
+    def _control(self, body: bytes | None) -> Any:
+        with urllib.request.urlopen(self.url + CONTROL_PATH, body, timeout=30) as response:
+            return json.loads(response.read())
 
     def lines(self, key: str) -> list[Any]:
         """Return what the log has under a key: "came" or "scored"."""

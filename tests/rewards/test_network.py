@@ -187,7 +187,7 @@ def test_the_tries_of_a_request_share_its_time(behaviour: Behaviour) -> None:
         client = RewardClient(ServerSettings("far", (server.url,)), Patience(TIMEOUT, 3))
         began = time.monotonic()
         with pytest.raises(RemoteTimeoutError, match=r"no answer can be had within 0\.7 s; last: http://127"):
-            client.send(parcel(2**26 if behaviour is read_slowly else 16))
+            client.send(parcel(2**26 if behaviour is read_slowly else 16), client.begin())
         assert time.monotonic() - began < 4
         client.close()
         assert server.ended() == 1

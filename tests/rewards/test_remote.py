@@ -487,6 +487,67 @@ def test_single_failures_are_passed_on_with_code_and_message(url: str, script: S
     assert output.extra_info == {"letters": [2, None, 2]}
 
 
+# --- samples that failed in passing -----------------------------------------------------------------------------------
+
+
+def test_a_judge_that_was_out_for_a_moment_costs_no_score(url: str, script: Script) -> None:
+    expected = ask(build(url), 4)
+    script.seen = []
+    script.faults = ["judge:1,3"]
+    output = ask(build(url, timeout=20), 4)
+    assert output.failures == {}
+    assert torch.equal(output.rewards, expected.rewards)
+    assert output.extra_info == {"letters": [2] * 4}
+    first, again = script.seen
+    assert [item.prompt for item in again.request.items] == ["p1", "p3"]
+    assert set(again.tensors) == {"t0", "t1"}
+    assert again.headers["idempotency-key"] != first.headers["idempotency-key"]
+    left = [int(seen.headers["x-request-timeout-ms"]) for seen in script.seen]
+    assert left[1] < left[0] - 900  # the same deadline
+    assert again.at - first.at >= 0.9
+
+
+def test_samples_are_sent_once_more_and_then_no_more(url: str, script: Script) -> None:
+    script.faults = ["judge:0,1,2", "judge:0,2"]
+    output = ask(build(url))
+    assert output.rewards.isnan().tolist() == [True, False, True]
+    assert {place: str(error) for place, error in output.failures.items()} == dict.fromkeys(
+        (0, 2), "upstream_judge: told"
+    )
+    assert output.extra_info == {"letters": [None, 2, None]}
+    assert len(script.seen) == 2
+
+
+@pytest.mark.parametrize("options", [{"retry_attempts": 1}, {"timeout": 0.9}])
+def test_samples_are_not_sent_again_without_tries_or_time_for_it(
+    url: str, script: Script, options: dict[str, Any]
+) -> None:
+    script.faults = ["judge:0"]
+    began = time.monotonic()
+    output = ask(build(url, **options))
+    assert output.rewards.isnan().tolist() == [True, False, False]
+    assert len(script.seen) == 1 and time.monotonic() - began < 0.9
+
+
+@pytest.mark.parametrize("fault", ["code:invalid_request", "judge:0"])
+def test_the_first_reply_stands_where_the_second_is_no_better(url: str, script: Script, fault: str) -> None:
+    script.faults = ["judge:2", fault]
+    output = ask(build(url))
+    assert output.rewards.isnan().tolist() == [False, False, True]
+    assert str(output.failures[2]) == "upstream_judge: told"
+    assert len(script.seen) == 2
+
+
+@pytest.mark.parametrize(("faults", "lost"), [(["judge:1"], []), (["judge:1", "judge:0,1,2"], [1])])
+def test_a_group_is_sent_again_as_a_whole(faults: list[str], lost: list[int]) -> None:
+    script = Script("rank", faults=faults)
+    with serving(script) as url:
+        output = ask(build(url, GROUPWISE), 4)
+    assert [len(seen.request.items) for seen in script.seen] == [4, 4]
+    assert len({item.group_id for seen in script.seen for item in seen.request.items}) == 2
+    assert output.rewards.isnan().nonzero().flatten().tolist() == lost == sorted(output.failures)
+
+
 def test_single_failures_count_where_all_failed_and_the_reply_is_an_error(url: str, script: Script) -> None:
     reward = build(url)
     script.faults = ["poison:0"]

@@ -13,9 +13,7 @@ import torch
 from tests.rewards.reward_server import Process, Script, serving
 from tests.rewards.samples import batch, entry
 from tiltflow.rewards import RewardEngine, build_reward_model
-from tiltflow.rewards import retries as retries_module
 from tiltflow.rewards import transport as transport_module
-from tiltflow.rewards.retries import RemoteRewardError
 from tiltflow.types import RewardTable
 
 LEVELS = [index / 40 for index in range(40)]
@@ -111,51 +109,6 @@ def test_idle_connections_are_dropped_before_the_server_drops_them(monkeypatch: 
     peers = [seen.peer for seen in script.seen]
     assert len(peers) == 7
     assert len(set(peers)) == 7
-
-
-def test_a_storm_of_errors_is_answered_with_a_trickle_of_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries_module, "FIRST_BACKOFF", 0.02)
-    script = Script("length")
-    with serving(script) as url:
-        _, reward = far(url, required_fields=["prompt"], timeout=3, num_workers=4)
-        script.always = "html:500"
-        failures: list[Exception] = []
-        took: list[float] = []
-
-        def ask() -> None:
-            for _ in range(3):
-                began = time.monotonic()
-                try:
-                    reward(prompt=["abc"])
-                except RemoteRewardError as error:
-                    failures.append(error)
-                took.append(time.monotonic() - began)
-
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        began = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        spent = time.monotonic() - began
-        keys = Counter(seen.headers["idempotency-key"] for seen in script.seen)
-        assert len(failures) == 24
-        assert max(took) < 6
-        retries = sum(keys.values()) - len(keys)
-        assert retries <= 10 * (1 + spent / 10) + 0.1 * 24  # the floor of each window, and a tenth
-        assert sum(keys.values()) < 48  # each on its own would have been tried three times: 72
-        script.always = ""
-        assert recovered(reward).rewards.tolist() == [3.0]
-
-
-def recovered(reward: Any) -> Any:
-    """Return the first answer after an outage; a request may be begun while its server is still left alone."""
-    end = time.monotonic() + 30
-    while True:
-        try:
-            return reward(prompt=["abc"])
-        except RemoteRewardError:
-            assert time.monotonic() < end
 
 
 def test_overload_is_sat_out_by_all_lanes_together() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.judge_server import JudgeServer, judge_server
 from tests.rewards.fake_judge import completion, sent_image, serve
 from tests.rewards.samples import batch, entry
-from tiltflow.errors import JudgeError, RewardError
+from tiltflow.errors import JudgeError, RewardError, UnparsableError
 from tiltflow.rewards import RewardEngine, RewardModel, RewardModelOutput, build_reward, check_reward
 from tiltflow.rewards.labels import spellings
 from tiltflow.rewards.vllm_evaluate import DEFAULT_QUESTION, VllmEvaluateOptions, VllmEvaluateReward
@@ -143,6 +143,42 @@ def test_the_formula(monkeypatch: pytest.MonkeyPatch, tokens: dict[str, float], 
     assert rewards_of(output)[0].item() == pytest.approx(expected)
 
 
+def test_a_label_that_may_be_just_below_the_likeliest_tokens_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = {"Yes": math.log(0.03)} | {f"word{index}": math.log(0.03) for index in range(19)}
+    serve(monkeypatch, lambda body: completion(tokens))
+    output = reward_of("http://judge.test/v1")(prompt=["p"], image=IMAGES[:1])
+    assert rewards_of(output).isnan().all()
+    assert isinstance(output.failures[0], UnparsableError)
+    assert (
+        "the judge's 20 likeliest tokens do not have 'no', which may have probability up to 0.18: that would move the "
+        "shares of yes, no by 0.86, more than max_uncertainty=0.05; raise top_logprobs"
+    ) in str(output.failures[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "sure"),
+    [
+        ({"Yes": 0.9, "I": 0.05, "A": 0.004}, {}, True),  # six spellings of 0.004 would move it by 0.026
+        ({"Yes": 0.9, "I": 0.05, "A": 0.01}, {}, True),  # the rest is 0.04
+        ({"No": 0.8, "I": 0.05, "A": 0.01}, {}, False),  # six of 0.01 move it by 0.07
+        ({"No": 0.8, "I": 0.05, "A": 0.01}, {"max_uncertainty": 0.08}, True),
+        ({"No": 0.8, "I": 0.05, "A": 0.01}, {"canonicalize": False}, True),  # one of 0.01
+        ({"No": 0.05, "I": 0.95}, {"max_uncertainty": 0.0}, True),  # there is nothing besides
+        ({"Yes": 0.03, "No": 0.03, "I": 0.03}, {}, True),  # both are there
+    ],
+)
+def test_an_absent_label_is_as_probable_as_it_can_be_at_most(
+    monkeypatch: pytest.MonkeyPatch, tokens: dict[str, float], options: dict[str, Any], sure: bool
+) -> None:
+    serve(monkeypatch, lambda body: completion({token: math.log(p) for token, p in tokens.items()}))
+    output = reward_of("http://judge.test/v1", **options)(prompt=["p"], image=IMAGES[:1])
+    yes, no = tokens.get("Yes", 0.0), tokens.get("No", 0.0)
+    assert rewards_of(output)[0].item() == (
+        pytest.approx(yes / (yes + no)) if sure else pytest.approx(math.nan, nan_ok=True)
+    )
+    assert sorted(output.failures) == ([] if sure else [0])
+
+
 def test_exact_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = {"Yes": math.log(0.1), " Yes": math.log(0.5), "No": math.log(0.3)}
     serve(monkeypatch, lambda body: completion(tokens))
@@ -152,7 +188,7 @@ def test_exact_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = serve(monkeypatch, lambda body: completion({"Yes": -0.1}))
+    requests = serve(monkeypatch, lambda body: completion({"Yes": -0.01}))
     reward = build_reward("vllm_evaluate", device="cpu", question="Is it {prompt}?")
     image = Image.new("RGB", (5, 4), (10, 20, 30))
     assert rewards_of(reward(prompt=["{prompt} {x} {"], image=[image])).tolist() == [1.0]

@@ -30,11 +30,12 @@ async def serving(
     factory: Callable[..., Any] = Plain,
     *,
     borrows: bool = False,
+    remote: bool = False,
     options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[ServedModel]:
     """Serve a model and stop it, whatever happens."""
-    model = ServedModel("m", ScorerSource(factory, options or {}, borrows=borrows), **settings)
+    model = ServedModel("m", ScorerSource(factory, options or {}, borrows=borrows, remote=remote), **settings)
     await model.start()
     try:
         await model.wait_ready()

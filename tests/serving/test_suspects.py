@@ -98,6 +98,19 @@ def test_a_sample_that_hangs_is_isolated_too() -> None:
     run(test())
 
 
+def test_a_sample_is_not_to_blame_for_those_that_its_model_asks() -> None:
+    async def test() -> None:
+        async with serving(batch_seconds=0.4, remote=True) as model:
+            for _ in range(2):
+                answers = await ask(model, ["hang"])
+                assert codes(answers) == ["deadline_exceeded"]
+                assert answers[0].error is not None and answers[0].error.retryable
+                await recovered(model)
+            assert codes(await ask(model, ["sleep=0.1", "1"])) == [""] * 2
+
+    run(test())
+
+
 def test_a_group_that_kills_is_refused_as_a_whole() -> None:
     async def test() -> None:
         async with serving(options={"groupwise": True}) as model:

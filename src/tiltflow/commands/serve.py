@@ -1,16 +1,21 @@
 """`tiltflow serve`: rewards by name or Python path behind HTTP."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from tiltflow.config import normalise_rewards, parse_value, validate
 from tiltflow.errors import ConfigError
-from tiltflow.rewards import RewardArguments, check_reward, sealed_reward
+from tiltflow.rewards import RewardArguments, check_reward, reward_class, sealed_reward
 from tiltflow.serving.builtin import source_of
 from tiltflow.serving.settings import ServerSettings
 from tiltflow.serving.wire import Limits
+
+BATCH_SECONDS: Final = 60.0  # of a call, at least, where nothing else is said
+SLACK_SECONDS: Final = 30.0  # beyond a reward's own timeouts, for what it does besides waiting
+UNKNOWN_SECONDS: Final = 3600.0  # for a reward that asks others and does not tell for how long
 
 
 def run_serving(
@@ -22,7 +27,7 @@ def run_serving(
     insecure: bool,
     replicas: int,
     batch_size: int,
-    batch_seconds: float,
+    batch_seconds: float | None,
     load_seconds: float,
     limits: Sequence[str],
     drain_seconds: float,
@@ -39,7 +44,8 @@ def run_serving(
         insecure: Answer anyone who can reach the address.
         replicas: Worker processes of each reward.
         batch_size: Samples per call of rewards that do not set their own.
-        batch_seconds: After so long a call counts as hung.
+        batch_seconds: After so long a call counts as hung; None takes `BATCH_SECONDS`, or more where a reward's own
+            timeouts allow more.
         load_seconds: After so long without being ready a model counts as failed.
         limits: `name=value`, of `Limits`.
         drain_seconds: After SIGTERM, for what is in flight.
@@ -72,7 +78,7 @@ def _start(
     settings: ServerSettings,
     *,
     replicas: int,
-    batch_seconds: float,
+    batch_seconds: float | None,
     load_seconds: float,
     engine: Literal["http", "ray"],
     scaling: Mapping[str, Any],
@@ -90,7 +96,7 @@ def _start(
             source_of(entry),
             replicas=replicas,
             batch_size=entry.batch_size,
-            batch_seconds=batch_seconds,
+            batch_seconds=_batch_seconds(entry, batch_seconds),
             load_seconds=load_seconds,
         )
         for entry in arguments
@@ -99,6 +105,26 @@ def _start(
         run_on_ray(specs, settings, RaySettings(**scaling))
     else:
         run_server(specs, settings)
+
+
+def _batch_seconds(entry: RewardArguments, given: float | None) -> float:
+    """Return after how long a call of a reward counts as hung.
+
+    Raises:
+        ConfigError: `given` would end calls that the reward's own timeouts allow.
+    """
+    own = reward_class(entry.reward_model).call_seconds(entry)
+    if given is None:
+        if own is None:
+            return BATCH_SECONDS
+        return UNKNOWN_SECONDS if math.isinf(own) else max(BATCH_SECONDS, own + SLACK_SECONDS)
+    if own is not None and not math.isinf(own) and given <= own:
+        raise ConfigError(
+            f"--batch_seconds {given:g}: a call of {entry.name!r} may wait {own:g} s for those it asks (batch_size="
+            f"{entry.batch_size}); leave --batch_seconds out, give more than {own:g}, or let it wait less: a smaller "
+            "timeout or batch_size, or a larger max_concurrent where it has one"
+        )
+    return given
 
 
 def read_limits(pairs: Sequence[str]) -> Limits:

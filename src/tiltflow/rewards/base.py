@@ -1,5 +1,6 @@
 """The reward protocol: what a reward is given, what it returns, and how it is configured."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,21 @@ class RewardModel(ABC):
         `required_fields` to these when it is built.
         """
         return cls.required_fields
+
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float | None:
+        """Return how long a call of `config.batch_size` samples takes at most while those that it asks do not answer.
+
+        Asked before the reward is built, by whoever takes a call that is longer for one that hangs.
+
+        Args:
+            config: The reward's entry, its own options already validated.
+
+        Returns:
+            Seconds that its own timeouts allow, infinity where nobody knows, or None for a reward that asks no other
+            process or machine.
+        """
+        return math.inf if cls.remote else None
 
     @classmethod
     def published_weights(cls, options: Any) -> Sequence[Weights]:

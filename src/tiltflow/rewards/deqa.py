@@ -58,6 +58,14 @@ class DeQAReward(PointwiseRewardModel):
         """Return what is loaded."""
         return () if options.model is None or options.base_url else (WeightsFolder(options.model),)
 
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float | None:
+        """Return the time of one request for each image, `max_concurrent` at once; None for a local model."""
+        options: Any = cls.Options.model_validate(dict(config.options))
+        if options.base_url is None:
+            return None
+        return options.seconds_for(config.batch_size, timeout=config.timeout or DEFAULT_TIMEOUT)
+
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the local model, or prepare the endpoint's client.
 

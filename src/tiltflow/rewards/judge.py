@@ -59,6 +59,10 @@ class EndpointOptions(Config):
     cache_limit_mib: float = Field(default=1024.0, gt=0)  # of the files in cache_dir
     extra_body: Mapping[str, JsonValue] = Field(default_factory=dict[str, JsonValue])  # more keys for every request
 
+    def seconds_for(self, count: int, *, timeout: float) -> float:
+        """Return how long so many requests take at most, each of them `timeout` seconds from its turn on."""
+        return math.ceil(count / self.max_concurrent) * timeout
+
 
 class JudgeOptions(EndpointOptions):
     """Where a judge answers, in the words of the judge rewards."""

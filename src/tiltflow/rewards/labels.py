@@ -138,7 +138,8 @@ def token_masses(logprobs: Mapping[str, float], tokens: Mapping[str, Sequence[in
 def word_masses(logprobs: Mapping[str, float], words: Sequence[str]) -> dict[str, float]:
     """Return the probability of each word among all first tokens; its spellings (" Good", "good") count together.
 
-    A word that is not among the tokens given is less probable than all that are, and counts as zero.
+    A word that is not among the tokens given is less probable than all that are, and counts as zero (`check_absent`
+    tells whether it may).
 
     Args:
         logprobs: Token -> log-probability.
@@ -150,6 +151,44 @@ def word_masses(logprobs: Mapping[str, float], words: Sequence[str]) -> dict[str
         if word in masses:
             masses[word] += math.exp(logprob)
     return masses
+
+
+def check_absent(
+    masses: Mapping[str, float],
+    logprobs: Mapping[str, float],
+    spelt: Mapping[str, Sequence[str]],
+    *,
+    max_uncertainty: float,
+) -> None:
+    """Check that words which are not among the likeliest tokens could not change the shares of those that are by much.
+
+    A spelling that is not listed is at most as probable as the least probable token that is, and all that are not
+    listed have together what the listed ones leave of 1. With b the least of both bounds for an absent word and m the
+    probability of the words that are there, a share moves by at most b / (m + b).
+
+    Args:
+        masses: Word -> probability, zero for one that is not listed; not all of them are zero.
+        logprobs: The likeliest tokens -> log-probability.
+        spelt: Word -> its spellings.
+        max_uncertainty: By how much a share may move.
+
+    Raises:
+        UnparsableError: It may move by more.
+    """
+    listed = [math.exp(logprob) for logprob in logprobs.values()]
+    rest = max(0.0, 1.0 - sum(listed))
+    for word, mass in masses.items():
+        if mass > 0:
+            continue
+        bound = min(len(spelt[word]) * min(listed), rest)
+        moves = bound / (sum(masses.values()) + bound)
+        if moves > max_uncertainty:
+            raise UnparsableError(
+                f"the judge's {len(listed)} likeliest tokens do not have {word!r}, which may have probability up to "
+                f"{bound:.2g}: that would move the shares of {', '.join(masses)} by {moves:.2g}, more than "
+                f"max_uncertainty={max_uncertainty:g}; raise top_logprobs, use a server that tells label tokens, or "
+                "put the question so that it is answered with one of these words"
+            )
 
 
 def shares(masses: Mapping[str, float], logprobs: Mapping[str, float], *, min_mass: float) -> list[float]:

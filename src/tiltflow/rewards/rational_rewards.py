@@ -98,6 +98,12 @@ class RationalReward(PointwiseRewardModel):
         )
         self._endpoint = ChatEndpoint(settings)
 
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float:
+        """Return the time of one request for each image, `max_concurrent` of them at once."""
+        options: Any = cls.Options.model_validate(dict(config.options))
+        return options.seconds_for(config.batch_size, timeout=config.timeout or DEFAULT_TIMEOUT)
+
     @abstractmethod
     def pictures(self, image: Image.Image, sources: Sequence[Image.Image]) -> list[Image.Image]:
         """Return what the judge is shown of a sample, in the order that the rubric speaks of.

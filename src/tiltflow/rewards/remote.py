@@ -5,6 +5,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 import torch
@@ -133,6 +134,12 @@ class RemoteRewardModel(RewardModel):
         """Return what is sent."""
         return options.required_fields
 
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float:
+        """Return the time of the requests that a call takes at most: of single samples, or of one group."""
+        requests = 1 if cls.groupwise else config.batch_size
+        return requests * (config.timeout or DEFAULT_TIMEOUT)
+
     def close(self) -> None:
         """Close all connections; they are made again if the reward is asked after all."""
         self._client.close()
@@ -165,13 +172,41 @@ class RemoteRewardModel(RewardModel):
                 merged.fail(parcel, lost)  # it would only wait as long for the same
                 continue
             try:
-                merged.add(parcel, self._client.send(parcel))
+                self._exchange(parcel, fields, merged)
             except RemoteRewardError as error:
                 if len(parcel.places) == count:
                     raise
                 merged.fail(parcel, error)
                 lost = error if error.for_all else None
         return merged.output()
+
+    def _exchange(self, parcel: Parcel, fields: Mapping[str, Sequence[Any]], merged: "_Merged") -> None:
+        """Send a request and note the answers; samples that failed in passing are sent once more.
+
+        Raises:
+            RemoteRewardError: There was no reply.
+        """
+        progress = self._client.begin()
+        reply = self._client.send(parcel, progress)
+        merged.add(parcel, reply)
+        failed = {
+            place: result.error
+            for place, result in zip(parcel.places, reply.results, strict=True)
+            if result.error is not None
+        }
+        passing = {place: error for place, error in failed.items() if error.retryable}
+        if not passing or not self._client.wait_for_items(progress, passing.values()):
+            return
+        places, before = (parcel.places, len(failed)) if self.groupwise else (tuple(passing), len(passing))
+        for again in self._pack({name: [values[place] for place in places] for name, values in fields.items()}).parcels:
+            moved = replace(again, places=tuple(places[place] for place in again.places))
+            try:
+                reply = self._client.send(moved, progress)
+            except RemoteRewardError as error:  # the first reply stands
+                _log.info("reward %r: samples sent again were not answered: %s", self.config.name, error)
+                continue
+            if sum(result.error is not None for result in reply.results) < before:
+                merged.add(moved, reply)
 
     @abstractmethod
     def _pack(self, fields: Mapping[str, Sequence[Any]]) -> Parcels:
@@ -305,14 +340,21 @@ class _Merged:
         self._failures = dict(failures)
 
     def add(self, parcel: Parcel, reply: wire.ScoreReply) -> None:
-        """Put one reply's answers in their places."""
+        """Put one reply's answers in their places, over those that an earlier one may have had."""
         for place, result in zip(parcel.places, reply.results, strict=True):
+            self._forget(place)
             if result.error is not None:
                 self._failures[place] = RemoteRewardError(f"{result.error.code}: {result.error.message}")
                 continue
             self._rewards[place] = result.scores[self._model]
             for key, value in result.components.get(self._model, {}).items():
                 self._extra.setdefault(key, [None] * len(self._rewards))[place] = value
+
+    def _forget(self, place: int) -> None:
+        self._failures.pop(place, None)
+        self._rewards[place] = torch.nan
+        for values in self._extra.values():
+            values[place] = None
 
     def fail(self, parcel: Parcel, error: Exception) -> None:
         """Note that a request has no reply."""

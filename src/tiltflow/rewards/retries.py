@@ -5,12 +5,16 @@ is no try. One that asks for patience (429 and Retry-After) gets it. What may ha
 a reply that was cut or makes no sense) is tried a limited number of times, elsewhere at once or here after a growing
 random pause, and within a budget that all requests share. What cannot succeed (4xx, an error that says so) is tried
 once.
+
+A reply may also say of single samples that another try may succeed, where what the reward itself asks was out. They are
+sent once more, as a new request that has only the time and the tries which the first one left.
 """
 
 import importlib
 import logging
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 FIRST_BACKOFF: Final = 0.25  # seconds: the longest pause before the second try; it doubles with every further one
 LONGEST_BACKOFF: Final = 5.0
+ITEM_PAUSE: Final = 1.0  # seconds, at least, until single samples are sent again: what a reward asks may be back then
 NO_TIME: Final = 0.01  # of a request's time: with less left, it is used up
 
 
@@ -61,12 +66,13 @@ class Patience:
 
 
 @dataclass
-class _Progress:
-    """What has become of one request so far."""
+class Progress:
+    """What has become of one request so far, and of what was sent again of it."""
 
     began: float
     deadline: float
     made: int = 0  # tries that a server may have worked on
+    replies: int = 0
     pauses: int = 0
     tried: set[str] = field(default_factory=set[str])  # servers that failed it
     last: AttemptError | None = None
@@ -109,16 +115,24 @@ class RewardClient:
         """Close all connections; new ones are made if they are needed after all."""
         self.transport.close()
 
-    def send(self, parcel: Parcel) -> wire.ScoreReply:
+    def begin(self) -> Progress:
+        """Return the time and the tries of one request, which begin now."""
+        now = time.monotonic()
+        return Progress(began=now, deadline=now + self.patience.timeout)
+
+    def send(self, parcel: Parcel, progress: Progress) -> wire.ScoreReply:
         """Return the reply to a request from whichever server gives one first.
+
+        Args:
+            parcel: The request.
+            progress: From `begin`; another request with the same one has what the first one left.
 
         Raises:
             RemoteTimeoutError: None did before the deadline.
             RemoteRewardError: A server refused it, or too many tries failed.
         """
-        now = time.monotonic()
-        progress = _Progress(began=now, deadline=now + self.patience.timeout)
-        self._budget.request()
+        if not progress.replies:
+            self._budget.request()
         stamina = _stamina(self.settings.reward)
         try:
             # How long to wait, and when to stop, is decided in one place: only there is everything known.
@@ -126,12 +140,36 @@ class RewardClient:
                 on=lambda error: self._wait(error, progress), attempts=None, timeout=None
             ):
                 with attempt:
-                    return self._try(parcel, progress)
+                    reply = self._try(parcel, progress)
+                    progress.made += 1
+                    progress.replies += 1
+                    return reply
         except (AttemptError, NoServerError) as error:
             raise self._final(error, progress) from error
         raise AssertionError("retry_context ends with a reply or an exception")
 
-    def _try(self, parcel: Parcel, progress: _Progress) -> wire.ScoreReply:
+    def wait_for_items(self, progress: Progress, errors: Iterable[wire.ErrorBody]) -> bool:
+        """Wait until samples that failed in passing may be sent again.
+
+        Args:
+            progress: Of the request that they were in.
+            errors: Theirs, as the reply tells them.
+
+        Returns:
+            Whether they may: there are tries, time and room in the budget for it. If not, nothing was waited for.
+        """
+        if progress.made >= self.patience.attempts:
+            return False
+        asked = max((error.retry_after_ms or 0 for error in errors), default=0) / 1000
+        now = time.monotonic()
+        wait = max(asked, ITEM_PAUSE) * self._random.uniform(1.0, 1.5)
+        booked = self._budget.book(now + wait, latest=progress.deadline)
+        if booked is None:
+            return False
+        time.sleep(max(0.0, booked - now))
+        return True
+
+    def _try(self, parcel: Parcel, progress: Progress) -> wire.ScoreReply:
         lease = self.balancer.acquire(progress.deadline, avoid=progress.tried)
         verdict: Verdict = "unknown"
         pause, reason = None, ""
@@ -149,12 +187,12 @@ class RewardClient:
         finally:
             self.balancer.release(lease, verdict, pause=pause, reason=reason)
 
-    def _share(self, left: float, lease: Lease, progress: _Progress) -> float:
+    def _share(self, left: float, lease: Lease, progress: Progress) -> float:
         """Return how much of the time that is left one try may take: half of it if another server could be asked."""
         last = progress.made + 1 >= self.patience.attempts or not self.balancer.another_is_ready({lease.url})
         return max(left if last else left / 2, 1e-3)
 
-    def _wait(self, error: Exception, progress: _Progress) -> bool | float:
+    def _wait(self, error: Exception, progress: Progress) -> bool | float:
         """Return after how many seconds to try again, or False for never."""
         if not isinstance(error, AttemptError) or not error.retryable or progress.made >= self.patience.attempts:
             return False
@@ -166,12 +204,12 @@ class RewardClient:
         booked = self._budget.book(now + wait, latest=progress.deadline)
         return False if booked is None else max(0.0, booked - now)
 
-    def _backoff(self, progress: _Progress) -> float:
+    def _backoff(self, progress: Progress) -> float:
         longest = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0**progress.pauses)
         progress.pauses += 1
         return self._random.uniform(0.0, longest)
 
-    def _final(self, error: AttemptError | NoServerError, progress: _Progress) -> RemoteRewardError:
+    def _final(self, error: AttemptError | NoServerError, progress: Progress) -> RemoteRewardError:
         """Return the one exception that a request ends with."""
         now = time.monotonic()
         for_all = isinstance(error, NoServerError) or progress.deadline - now < NO_TIME * self.patience.timeout

@@ -10,8 +10,15 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
-from tiltflow.rewards.judge import TOP_LOGPROBS, ChatEndpoint, EndpointSettings, JudgeOptions, NotOfferedError
-from tiltflow.rewards.labels import LabelTokens, shares, spellings, token_masses, word_masses
+from tiltflow.rewards.judge import (
+    TOKENIZE_TIMEOUT,
+    TOP_LOGPROBS,
+    ChatEndpoint,
+    EndpointSettings,
+    JudgeOptions,
+    NotOfferedError,
+)
+from tiltflow.rewards.labels import LabelTokens, check_absent, shares, spellings, token_masses, word_masses
 from tiltflow.rewards.wording import Wording, fill
 
 DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
@@ -38,6 +45,8 @@ class VllmEvaluateOptions(JudgeOptions):
     top_logprobs: int = Field(default=TOP_LOGPROBS, ge=1)  # tokens among which yes and no are looked for
     canonicalize: bool = True  # count spellings such as " yes" and "YES" too; false: "Yes" and "No" alone
     min_mass: float = Field(default=0.01, ge=0, le=1)  # of yes and no together, for an answer to count
+    # How much higher or lower the reward may be for a label that is not among the likeliest tokens and counts as zero.
+    max_uncertainty: float = Field(default=0.05, ge=0, le=1)
     # Ask for the labels' tokens directly, however improbable they are, if the server can tell them: auto, or off.
     label_tokens: Annotated[Literal["auto", "off"], BeforeValidator(_word)] = "auto"
     # Ask for these. They are two options because a mapping of yes and no would have truth values for keys: so YAML
@@ -84,8 +93,17 @@ class VllmEvaluateReward(PointwiseRewardModel):
             timeout=config.timeout or DEFAULT_TIMEOUT,
         )
         self._endpoint = ChatEndpoint(settings)
-        labels = {label: spellings(label) for label in (YES, NO)} if self._own.canonicalize else EXACT
-        self._labels = LabelTokens(self._endpoint, labels)
+        self._labels = LabelTokens(self._endpoint, _labels(self._own))
+
+    @classmethod
+    def call_seconds(cls, config: RewardArguments) -> float:
+        """Return the time of the requests for all images, twice where the first ones may turn out not to be offered."""
+        options: Any = cls.Options.model_validate(dict(config.options))
+        seconds = options.seconds_for(config.batch_size, timeout=config.timeout or DEFAULT_TIMEOUT)
+        if options.yes_token_ids or options.label_tokens == "off":
+            return seconds
+        words = 1 + sum(map(len, _labels(options).values()))
+        return words * TOKENIZE_TIMEOUT + 2 * seconds
 
     def __call__(
         self,
@@ -136,4 +154,11 @@ class VllmEvaluateReward(PointwiseRewardModel):
                 for label, words in EXACT.items()
             }
         reward, _ = shares(masses, logprobs, min_mass=self._own.min_mass)
+        if not tokens:
+            check_absent(masses, logprobs, _labels(self._own), max_uncertainty=self._own.max_uncertainty)
         return reward, sum(masses.values())
+
+
+def _labels(options: VllmEvaluateOptions) -> Mapping[str, Sequence[str]]:
+    """Return label -> the spellings of it that count."""
+    return {label: spellings(label) for label in (YES, NO)} if options.canonicalize else EXACT

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiltflow import __version__
 from tiltflow.errors import JudgeError
-from tiltflow.rewards import GroupwiseRewardModel, RewardArguments, RewardModel, build_reward_model
+from tiltflow.rewards import GroupwiseRewardModel, RewardArguments, RewardModel, build_reward_model, reward_class
 from tiltflow.rewards.passes import WrongLength, read_output
 from tiltflow.serving.jobs import Sample, ScorerSource
 from tiltflow.serving.server import to_levels
@@ -29,7 +29,8 @@ _BLOCK: Final = 2**20  # bytes that are hashed at once
 
 def source_of(reward: RewardArguments) -> ScorerSource:
     """Return how a worker process makes a reward."""
-    return ScorerSource(make_scorer, {"reward": reward.model_dump()}, borrows=True)
+    remote = reward_class(reward.reward_model).call_seconds(reward) is not None
+    return ScorerSource(make_scorer, {"reward": reward.model_dump()}, borrows=True, remote=remote)
 
 
 def make_scorer(reward: Mapping[str, Any]) -> "RewardScorer":

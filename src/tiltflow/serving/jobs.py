@@ -105,3 +105,5 @@ class ScorerSource:
     # The arrays that the scorer gets are read-only and hold only until `score` returns, because their memory is used
     # again: right for a scorer that converts them. False gives it arrays of its own.
     borrows: bool = False
+    # It asks another process or machine: a call that takes too long says nothing about the samples of that call.
+    remote: bool = False

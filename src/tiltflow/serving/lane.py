@@ -64,6 +64,8 @@ class Lane:
         self.busy_since: float | None = None
         self.wake = asyncio.Event()  # something was queued, or the worker was lost
         self._name = name
+        # Whoever a model asks may be slow about any sample: only a worker's death is that of the samples it died with.
+        self._incriminating = (LOST,) if source.remote else (LOST, OVERDUE)
         self._replica = Replica(name, source, load_seconds=load_seconds, lost=self.wake.set)
         self._queue = queue
         self._pace = pace
@@ -175,7 +177,7 @@ class Lane:
             elif answer.kind in ("oom", "scorer_error") and len(part) > 1 and not whole:
                 parts.extendleft(_halves(part))
             else:
-                if answer.kind in (LOST, OVERDUE) and answer.begun:
+                if answer.kind in self._incriminating and answer.begun:
                     answer = self._accuse(part, answer)
                 self._fail(part, answer)
 

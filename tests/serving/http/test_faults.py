@@ -82,12 +82,6 @@ def test_a_judge_that_does_not_answer_is_a_bad_gateway_and_no_score(server: Serv
     assert scores(answer) == [None]
 
 
-def test_a_score_does_not_depend_on_its_company(server: Server) -> None:
-    alone = [scores(server.score([str(number / 7)]))[0] for number in range(8)]
-    together = scores(server.score([str(number / 7) for number in range(8)]))
-    assert together == alone == [number / 7 for number in range(8)]
-
-
 def test_a_hanging_model_is_replaced(server: Server) -> None:
     workers = server.descendants()
     answer = server.score(["hang"], headers={"X-Request-Timeout-Ms": "30000"})
