@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insecure", action="store_true", help="answer anyone who can reach the address")
     parser.add_argument("--replicas", type=_positive, default=1, help="worker processes of each reward")
     parser.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
+    parser.add_argument("--batch_pixels", type=_positive, help="of one call; an item, or a group, with more is refused")
+    parser.add_argument("--batch_tokens", type=_positive, help="of the prompts of one call, likewise")
     parser.add_argument(
         "--batch_seconds", type=float, help="after so long a call counts as hung: 60, or what a judge's timeouts allow"
     )
@@ -281,7 +284,7 @@ def _serve(arguments: argparse.Namespace, overrides: Overrides) -> None:
             f"--{overrides[0][0]} is no option of serve; `tiltflow serve --help` lists them; a reward's own options go "
             "into its mapping"
         )
-    from tiltflow.commands import run_serving
+    from tiltflow.commands import CallSettings, run_serving
 
     run_serving(
         arguments.rewards,
@@ -289,10 +292,8 @@ def _serve(arguments: argparse.Namespace, overrides: Overrides) -> None:
         port=arguments.port,
         token=arguments.token,
         insecure=arguments.insecure,
-        replicas=arguments.replicas,
         batch_size=arguments.batch_size,
-        batch_seconds=arguments.batch_seconds,
-        load_seconds=arguments.load_seconds,
+        calls=CallSettings(**{each.name: vars(arguments)[each.name] for each in fields(CallSettings)}),
         limits=arguments.limit,
         drain_seconds=arguments.drain_seconds,
         engine=arguments.engine,

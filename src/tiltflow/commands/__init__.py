@@ -8,7 +8,7 @@ from tiltflow.commands.pretrain import run_pretraining
 from tiltflow.commands.reward_config import REWARD_MODEL_TYPES, find_kind, load_reward_config
 from tiltflow.commands.sample import run_sampling
 from tiltflow.commands.score import failure_causes, run_scoring, summary_table, without_score
-from tiltflow.commands.serve import run_serving
+from tiltflow.commands.serve import CallSettings, run_serving
 from tiltflow.commands.train import run_training
 from tiltflow.commands.train_reward import run_reward_training
 from tiltflow.evaluation.reward_bench import accuracy_table
@@ -16,6 +16,7 @@ from tiltflow.evaluation.reward_bench import accuracy_table
 __all__ = [
     "EMBEDDED_MODELS",
     "REWARD_MODEL_TYPES",
+    "CallSettings",
     "accuracy_table",
     "build_policy",
     "build_trainer",

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -18,6 +19,17 @@ SLACK_SECONDS: Final = 30.0  # beyond a reward's own timeouts, for what it does 
 UNKNOWN_SECONDS: Final = 3600.0  # for a reward that asks others and does not tell for how long
 
 
+@dataclass(frozen=True)
+class CallSettings:
+    """How the worker processes of each reward are called."""
+
+    replicas: int = 1  # worker processes of each reward
+    batch_pixels: int | None = None  # of one call at most; None: the server's own limit
+    batch_tokens: int | None = None  # likewise, of its prompts
+    batch_seconds: float | None = None  # then a call counts as hung; None: what the reward's own timeouts allow, or 60
+    load_seconds: float = 1800.0  # then a model that is not ready has failed
+
+
 def run_serving(
     rewards: Sequence[str],
     *,
@@ -25,10 +37,8 @@ def run_serving(
     port: int,
     token: str | None,
     insecure: bool,
-    replicas: int,
     batch_size: int,
-    batch_seconds: float | None,
-    load_seconds: float,
+    calls: CallSettings,
     limits: Sequence[str],
     drain_seconds: float,
     engine: Literal["http", "ray"] = "http",
@@ -42,11 +52,8 @@ def run_serving(
         port: 0 takes a free one.
         token: What clients must send; None takes the environment variable.
         insecure: Answer anyone who can reach the address.
-        replicas: Worker processes of each reward.
         batch_size: Samples per call of rewards that do not set their own.
-        batch_seconds: After so long a call counts as hung; None takes `BATCH_SECONDS`, or more where a reward's own
-            timeouts allow more.
-        load_seconds: After so long without being ready a model counts as failed.
+        calls: Of every reward.
         limits: `name=value`, of `Limits`.
         drain_seconds: After SIGTERM, for what is in flight.
         engine: "http": one server, in this process; "ray": as many as the load asks for, on Ray Serve.
@@ -62,24 +69,14 @@ def run_serving(
     settings = ServerSettings(
         host=host, port=port, token=token, insecure=insecure, limits=read_limits(limits), drain_seconds=drain_seconds
     )
-    _start(
-        arguments,
-        settings,
-        replicas=replicas,
-        batch_seconds=batch_seconds,
-        load_seconds=load_seconds,
-        engine=engine,
-        scaling=scaling,
-    )
+    _start(arguments, settings, calls, engine=engine, scaling=scaling)
 
 
 def _start(
     arguments: Sequence[RewardArguments],
     settings: ServerSettings,
+    calls: CallSettings,
     *,
-    replicas: int,
-    batch_seconds: float | None,
-    load_seconds: float,
     engine: Literal["http", "ray"],
     scaling: Mapping[str, Any],
 ) -> None:
@@ -94,10 +91,12 @@ def _start(
         ModelSpec(
             entry.name,
             source_of(entry),
-            replicas=replicas,
+            replicas=calls.replicas,
             batch_size=entry.batch_size,
-            batch_seconds=_batch_seconds(entry, batch_seconds),
-            load_seconds=load_seconds,
+            batch_pixels=calls.batch_pixels,
+            batch_tokens=calls.batch_tokens,
+            batch_seconds=_batch_seconds(entry, calls.batch_seconds),
+            load_seconds=calls.load_seconds,
         )
         for entry in arguments
     ]
