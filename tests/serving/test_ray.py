@@ -1,5 +1,6 @@
 """`tiltflow serve --engine ray` over a real Ray on this machine, and what it refuses before there is one."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.serving.helpers import is_running
-from tests.serving.http.servers import HERE, ROOT, START_SECONDS, Answer, Server, listening, scores
+from tests.serving.http.servers import HERE, ROOT, START_SECONDS, Answer, Server, at_once, listening, scores
 from tiltflow import cli
 from tiltflow.errors import ConfigError
 from tiltflow.rewards import RewardArguments, RewardEngine
@@ -27,6 +28,7 @@ from tiltflow.types import Prompt
 REWARDS = "tests.serving.http.rewards"
 JPEG = "JPEGCompressibility"
 END_SECONDS = 60.0
+SCALING_SECONDS = 150.0  # Ray waits half a minute to be sure of the load, and a replica must be made
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install -c constraints.txt '.[ray]'")
 
 
@@ -99,18 +101,15 @@ def command(*words: str, folder: str) -> "tuple[list[str], dict[str, str]]":
     return [sys.executable, "-m", "tiltflow", "serve", *words, "--engine", "ray", "--num_cpus", "0.2"], environ
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """Serve two rewards in two replicas."""
+@contextlib.contextmanager
+def on_ray(*words: str) -> Iterator[Server]:
+    """Serve with Ray until the end of the block."""
     with listening() as port:
         pass  # free again
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        words, environ = command(
-            *(JPEG, f"{REWARDS}.Mortal", "--port", str(port), "--min_replicas", "2", "--drain_seconds", "8"),
-            folder=folder,
-        )
+        said, environ = command(*words, "--port", str(port), "--drain_seconds", "8", folder=folder)
         with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=HERE
+            said, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=HERE
         ) as process:
             lines: list[str] = []
             reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
@@ -125,6 +124,13 @@ def server() -> Iterator[Server]:
                 process.terminate()
                 process.wait(END_SECONDS)
                 reader.join(5)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Serve two rewards in two replicas."""
+    with on_ray(JPEG, f"{REWARDS}.Mortal", "--min_replicas", "2") as running:
+        yield running
 
 
 def ask(server: Server, prompts: Sequence[str]) -> Answer:
@@ -191,10 +197,12 @@ def test_errors_are_those_of_the_application(server: Server) -> None:
 def test_a_replica_whose_model_has_failed_is_replaced(server: Server) -> None:
     before = {server.get("/livez").headers["x-replica-id"] for _ in range(40)}
     failed = None
+    tries = 0
     end = time.monotonic() + END_SECONDS
     while failed is None:
         assert time.monotonic() < end
-        answer = ask(server, ["die"])
+        tries += 1
+        answer = ask(server, [f"die={tries}"])  # another one each time: the same would be refused the third time
         if answer.error["code"] == "model_failed":
             failed = answer.headers["x-replica-id"]
     assert failed in before
@@ -238,3 +246,33 @@ def test_a_model_that_cannot_be_made_ends_it_with_the_reason() -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("tiltflow serve: Unmade: ") and "the weights are torn" in last
     assert "listening on" not in done.stdout
+
+
+@pytest.mark.slow
+@needs_ray
+def test_load_starts_another_replica() -> None:
+    scaling = ("--min_replicas", "1", "--max_replicas", "2", "--target_ongoing_requests", "1")
+    with on_ray(f"{REWARDS}.Mortal", *scaling) as server:
+        before = {server.get("/livez").headers["x-replica-id"] for _ in range(20)}
+        assert len(before) == 1
+        end = time.monotonic() + SCALING_SECONDS
+        enough = threading.Event()
+        found: set[str] = set()
+        failed: list[Answer] = []
+
+        def client(number: int) -> None:
+            count = 0
+            while not enough.is_set() and time.monotonic() < end:
+                count += 1
+                answer = ask(server, [f"sleep=0.5{number}{count:04}"])
+                if answer.status == 200:
+                    found.add(answer.headers["x-replica-id"])
+                elif answer.error["code"] != "loading":  # the new replica, for a moment
+                    failed.append(answer)
+                    return
+                if len(found) > 1:
+                    enough.set()
+
+        at_once(6, client)
+        assert failed == [], server.lines
+        assert len(found) == 2 and before < found, (before, found, server.lines)

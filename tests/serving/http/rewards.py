@@ -54,15 +54,16 @@ class TooFew(PointwiseRewardModel):
 
 
 class Mortal(PointwiseRewardModel):
-    """Does what the prompt says: `sleep=SECONDS` or `die`."""
+    """Does what the prompt says: `sleep=SECONDS`, `die` or `die=NAME`."""
 
     required_fields = ("prompt",)
 
     def __call__(self, prompt, **_):
         for text in prompt:
-            if text == "die":
+            word, _, value = text.partition("=")
+            if word == "die":
                 os._exit(3)
-            time.sleep(float(text.partition("=")[2] or 0))
+            time.sleep(float(value or 0))
         return RewardModelOutput([float(len(text)) for text in prompt])
 
 
