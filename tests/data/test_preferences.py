@@ -82,6 +82,14 @@ def test_own_names_of_columns(tmp_path):
     assert (found.chosen, found.rejected) == ("yes", "no")
 
 
+def test_a_prompt_that_the_messages_hold_already_can_be_left_out(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"prompt": "2 + 2?", "chosen": ASK + RIGHT, "rejected": ASK + WRONG})
+    with pytest.raises(DataError, match=r"leave it out: columns: \{prompt: ''\}"):
+        pairs(source)
+    (found,), _ = pairs(source, columns={"prompt": ""})
+    assert found.chosen == tuple(ASK + RIGHT)
+
+
 def test_tables_and_folders_give_what_lines_give(tmp_path):
     import datasets
     import pyarrow as pa

@@ -110,6 +110,23 @@ def test_metrics_are_those_of_the_rewards(base, files):
         assert math.isclose(metrics[name], value.item(), rel_tol=1e-4, abs_tol=1e-6), name
 
 
+def test_mean_loss_and_metrics_of_one_batch(base, files):
+    fitting = ranking(base, files)
+    model, batch = fitting.model, fitting.train.batch(range(13), [1.0] * 12 + [0.0])
+    model.prepare_for_validation_step()
+    loss_mean, metrics = model.get_loss_and_metrics(batch=batch, forward_only=True)
+    model.finish_validation_step()
+    assert set(metrics) == KEYS and math.isclose(metrics["loss"], loss_mean.item(), rel_tol=1e-6)
+    assert not loss_mean.requires_grad and all(weight.grad is None for weight in model.parameters())
+    rewards = {side: model.eval().model.score([pair[side] for pair in PAIRS[:12]]) for side in ("chosen", "rejected")}
+    d = rewards["chosen"] - rewards["rejected"]
+    assert math.isclose(loss_mean.item(), torch.nn.functional.softplus(-d).mean().item(), rel_tol=1e-5)
+    model.prepare_for_training_step()
+    assert model.get_loss_and_metrics(batch, forward_only=False)[0].item() == pytest.approx(loss_mean.item(), rel=1e-5)
+    model.finish_training_step()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_a_batch_needs_nothing_but_texts_and_lengths(base, files):
     fitting = ranking(base, files)
     batch = dict(fitting.train.batch([0, 1], [1.0, 1.0]))

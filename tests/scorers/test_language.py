@@ -319,3 +319,8 @@ def test_text_without_tokens_is_an_error(tmp_path):
     with pytest.raises(RewardError, match="the text '' has no tokens"):
         model.score(["w1", ""])
     assert model.score([]).shape == (0,)
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", 256), ("gpt2", 256), ("mamba", None)])
+def test_how_much_can_be_read(tmp_path, family, expected):
+    assert LanguageRewardModel.from_pretrained(save_causal(tmp_path / family, family)).max_positions == expected

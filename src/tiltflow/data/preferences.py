@@ -97,7 +97,8 @@ def _after(prompt: Any, answer: Any, as_conversation: bool) -> Any:
     if isinstance(prompt, str) != isinstance(answer, str):
         raise BadRecord(
             "mixed kinds",
-            "prompt and answers must all be texts or all be messages; as_conversation: true makes messages",
+            "prompt and answers must all be texts or all be messages; as_conversation: true makes messages; where the "
+            "messages hold the prompt already, leave it out: columns: {prompt: ''}",
         )
     return prompt + answer
 

@@ -129,7 +129,9 @@ class LanguageRewardModel(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """How many tokens the network can read; None where nothing limits it."""
-        return self.classifier.config.get_text_config().to_dict().get("max_position_embeddings")
+        config = self.classifier.config.get_text_config()
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")  # GPT-2: n_positions
+        return config.to_dict().get(name)
 
     def encode(self, text: Text) -> list[int]:
         """Return the tokens of a text as the folder's tokenizer makes them; a conversation goes through its template.
