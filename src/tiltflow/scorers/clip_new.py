@@ -20,7 +20,7 @@ _BICUBIC: Final = 3  # as PIL numbers it
 
 
 class ClipSizes(Config):
-    """Sizes of a CLIP made from nothing; the defaults give 1.5 M parameters for the drawn scenes."""
+    """Sizes of a CLIP made from nothing; the defaults give 1.3 M parameters for the drawn scenes."""
 
     image_size: int = Field(default=64, ge=1)  # side of the square that is read, pixels
     patch_size: int = Field(default=8, ge=1)
