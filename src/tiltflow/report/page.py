@@ -56,6 +56,7 @@ def render(run: Run) -> str:
         .get_template(TEMPLATE)
         .render(
             run=run,
+            problems=run.problems,
             name=run.folder.resolve().name,
             progress=progress_text(run),
             cards=cards,
