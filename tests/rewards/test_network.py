@@ -16,6 +16,7 @@ import pytest
 
 from tests.rewards.reward_server import Script, listen, server_of, serving, url_of
 from tests.rewards.samples import entry
+from tests.sockets import receive
 from tiltflow.rewards import build_reward_model
 from tiltflow.rewards import remote as remote_module
 from tiltflow.rewards import transport as transport_module
@@ -94,7 +95,7 @@ def trickle(connection: socket.socket, text: bytes) -> None:
 def read_head(connection: socket.socket) -> None:
     text = b""
     while b"\r\n\r\n" not in text:
-        text += connection.recv(4096)
+        text += receive(connection)
 
 
 def trickle_headers(connection: socket.socket) -> None:
@@ -339,7 +340,7 @@ def tunnel(connection: socket.socket) -> None:
     """Be a proxy: connect to where the first lines say, and pass on what comes from either side."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
-        head += connection.recv(1)
+        head += receive(connection, 1)
     host, _, port = head.split()[1].decode().partition(":")
     with socket.create_connection((host, int(port))) as further:
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")

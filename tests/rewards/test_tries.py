@@ -18,6 +18,7 @@ from PIL import Image
 from tests.judge_server import JudgeServer, free_port
 from tests.rewards.fake_judge import completion
 from tests.rewards.samples import batch, entry
+from tests.sockets import receive
 from tiltflow.errors import JudgeError, JudgeTimeoutError
 from tiltflow.rewards import RewardEngine, build_reward
 from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings
@@ -70,11 +71,11 @@ def hear(connection: socket.socket) -> None:
     """Read one request."""
     heard = b""
     while b"\r\n\r\n" not in heard:
-        heard += connection.recv(65536)
+        heard += receive(connection)
     head, _, body = heard.partition(b"\r\n\r\n")
     length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
     while len(body) < length:
-        body += connection.recv(65536)
+        body += receive(connection)
 
 
 def hang(connection: socket.socket, server: RudeServer) -> None:

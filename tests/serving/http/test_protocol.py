@@ -30,6 +30,7 @@ from tests.serving.http.servers import (
     running,
     scores,
 )
+from tests.sockets import receive
 from tiltflow.serving.wire import (
     NDJSON,
     REQUEST,
@@ -218,7 +219,7 @@ def test_a_stream_tells_items_as_they_are_done() -> None:
         start = time.monotonic()
         seen = b""
         while b'"index":0' not in seen:
-            seen += connection.recv(65536)
+            seen += receive(connection)
         assert time.monotonic() - start < 1.0
         assert b'"index":1' not in seen and b"done" not in seen
 
