@@ -43,6 +43,7 @@ class Endpoint:
     in_flight: int = 0
     last_used: int = 0  # number of the request
     failures: int = 0  # in a row
+    reason: str = ""  # of the last of them
     openings: int = 0  # of its breaker, in a row
     open_until: float | None = None  # None: the breaker is closed
     probing: bool = False  # a request is trying whether it is back
@@ -120,7 +121,7 @@ class Balancer:
             lease: From `acquire`.
             verdict: How it did.
             pause: Seconds for which it asked to be left alone.
-            reason: For the log, where its breaker opens.
+            reason: What went wrong, for the log and for the errors of whoever waits for the server in vain.
         """
         endpoint = lease.endpoint
         with self._changed:
@@ -137,6 +138,7 @@ class Balancer:
                 endpoint.open_until = None
             elif verdict != "unknown":
                 endpoint.failures += 1
+                endpoint.reason = reason
                 if verdict == "down" or lease.probe or endpoint.failures >= THRESHOLD:
                     self._open(endpoint, now, probe=lease.probe, reason=reason)
             self._changed.notify_all()
@@ -168,7 +170,7 @@ class Balancer:
         states = []
         for each in self.endpoints:
             if each.open_until is not None:
-                states.append(f"{each.url} has not answered {each.failures} requests in a row")
+                states.append(f"{each.url} has not answered {each.failures} requests in a row ({each.reason})")
             elif each.resume_at > now:
                 states.append(f"{each.url} asks to be left alone for another {each.resume_at - now:.3g} s")
             else:
