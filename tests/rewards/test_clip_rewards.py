@@ -235,6 +235,14 @@ def test_missing_weights_are_named(name: str, message: str, tmp_path: Path, monk
         build(name)
 
 
+def test_a_run_that_has_made_no_model_yet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODELS_VARIABLE, str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()  # the models folder has another one of that name
+    with pytest.raises(RewardError, match=r"there is no model at outputs/a_run/model .*tiltflow train-reward CONFIG"):
+        build("PickScore", model_name_or_path="outputs/a_run/model")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -72,7 +72,7 @@ class WeightsFolder:
     Example: `WeightsFolder("yuvalkirstain/PickScore_v1")`.
     """
 
-    repo: str  # hub repository; its last part is the folder's name in the models folder
+    repo: str  # hub repository, whose last part is the folder's name in the models folder; or the path of a folder
 
     @property
     def label(self) -> str:
@@ -81,7 +81,10 @@ class WeightsFolder:
 
     def find(self) -> Path | None:
         """Return the folder: `repo` itself if it is one, else `models/<last part>`, else the hub's cache, else None."""
-        for path in (Path(self.repo), models_folder() / self.repo.rpartition("/")[2]):
+        places = [Path(self.repo)]
+        if not self._is_path():
+            places.append(models_folder() / self.repo.rpartition("/")[2])
+        for path in places:
             if (path / "config.json").is_file():
                 return path
         try:
@@ -98,10 +101,19 @@ class WeightsFolder:
         path = self.find()
         if path is not None:
             return path
+        if self._is_path():
+            raise RewardError(
+                f"there is no model at {self.repo} (a folder with a config.json); if a run makes it, let that run end "
+                "first: `tiltflow train-reward CONFIG` writes OUTPUT_DIR/model"
+            )
         raise RewardError(
             f"the model {self.repo} was not found; download it (hf download {self.repo}) or put its folder at "
             f"{models_folder() / self.repo.rpartition('/')[2]} (or set {MODELS_VARIABLE})"
         )
+
+    def _is_path(self) -> bool:
+        """Whether no repository can have this name: those are `name` or `owner/name`."""
+        return self.repo.count("/") > 1 or self.repo.startswith(("/", ".", "~"))
 
 
 @dataclass(frozen=True)
