@@ -7,7 +7,7 @@ import pytest
 
 from tiltflow import cli
 from tiltflow.evaluation import EvaluationResult, paired_difference
-from tiltflow.runtime.files import read_jsonl
+from tiltflow.runtime.tracking import read_jsonl
 
 
 @pytest.mark.slow
