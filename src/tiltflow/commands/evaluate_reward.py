@@ -65,7 +65,7 @@ def run_reward_evaluation(
     if path.suffix != ".json":
         raise ConfigError(f"--output {path}: the result is JSON; end the name in .json")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = LanguageRewardModel.from_pretrained(model, device=device, dtype=DTYPES[dtype]).eval()
+    network = LanguageRewardModel.from_pretrained(model, require_head=True, device=device, dtype=DTYPES[dtype]).eval()
     if not network.head.scalar:
         network.head = network.head.model_copy(update={"merge_attributes": True})
     left_out = LeftOut(on_bad_record)

@@ -112,7 +112,7 @@ def build_language(
         seed=seed,
         append_eos=model.append_eos,
         dropout=model.dropout,
-        attention=model.attention,
+        attn_implementation=model.attn_implementation,
         device=device,
         dtype=DTYPES[model.dtype],
     )

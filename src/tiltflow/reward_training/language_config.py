@@ -41,7 +41,7 @@ class LanguageModelConfig(RewardModelConfig):
     tie_threshold: float | None = Field(default=None, gt=0)  # half the width of what people call a tie; None: p = 0.5
     append_eos: bool = False  # the tokenizer ends texts, but no conversations, with the end-of-text token
     dropout: bool = False  # keep the network's own
-    attention: str | None = None  # transformers' attn_implementation
+    attn_implementation: str | None = None  # of transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the network's weights
     length_buckets: int = Field(default=4, ge=1)  # calls of the network that one micro-batch is cut into, at most
     bucket_overhead: int = Field(default=64, ge=0)  # what a call costs beside its tokens, in tokens

@@ -21,7 +21,7 @@ class LanguageRewardOptions(Config):
     max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text fails. None: what the network can read
     mean: float = 0.0  # reward = (score - mean) / std
     std: float = Field(default=1.0, gt=0)
-    attention: str | None = None  # transformers' attn_implementation
+    attn_implementation: str | None = None  # of transformers
 
 
 class LanguageReward(PointwiseRewardModel):
@@ -53,7 +53,11 @@ class LanguageReward(PointwiseRewardModel):
                 "classifier: a folder, or a hub repository in the cache"
             )
         self.scorer = LanguageRewardModel.from_pretrained(
-            options.model, attention=options.attention, device=self.device, dtype=self.dtype
+            options.model,
+            attn_implementation=options.attn_implementation,
+            require_head=True,
+            device=self.device,
+            dtype=self.dtype,
         )
         self.scorer.eval().requires_grad_(False)
 
