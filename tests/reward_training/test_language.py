@@ -312,6 +312,8 @@ def test_gradient_checkpointing_changes_no_number(base, files):
         fitting = ranking(base, files)
         if checkpointing:
             fitting.model.enable_gradient_checkpointing()
+            layers = fitting.model.model.classifier.base_model.layers
+            assert all(layer.gradient_checkpointing for layer in layers)
         fitting.model.train()
         loss, _ = summed(fitting.model, fitting.train, [(range(13), [1.0] * 13)])
         loss.backward()
