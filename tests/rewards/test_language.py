@@ -74,6 +74,16 @@ def test_texts_may_be_json_of_messages_or_of_a_pair(tmp_path):
     torch.testing.assert_close(torch.as_tensor(rewards), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_template_can_be_given_what_it_asks_for(tmp_path):
+    folder = save_classifier(tmp_path / "model", chat=f"{{{{ date or 'w1' }}}} {CHAT}", start=False)
+    talk = json.dumps([{"role": "user", "content": "w2"}])
+    model = LanguageRewardModel.from_pretrained(folder).eval()
+    for options, date in (({}, "w1"), ({"chat_template_kwargs": {"date": "w9"}}, "w9")):
+        rewards = build_reward("LanguageReward", model=str(folder), **options)(prompt=[talk]).rewards
+        expected = model.score([f"{date} user : w2 </s>"])
+        torch.testing.assert_close(torch.as_tensor(rewards), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_without_head_is_no_reward(tmp_path):
     with pytest.raises(RewardError, match="which has no trained head: its rewards would be random"):
         build_reward("LanguageReward", model=str(save_causal(tmp_path / "base")))

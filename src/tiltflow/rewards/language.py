@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ class LanguageRewardOptions(Config):
     over_length: Literal["error", "truncate"] = "error"  # a longer text fails, or keeps its beginning
     mean: float = 0.0  # reward = (score - mean) / std
     std: float = Field(default=1.0, gt=0)
+    chat_template_kwargs: Mapping[str, Any] | None = None  # such as {date_string: ...}; None: what training kept
     attn_implementation: str | None = None  # of transformers
 
 
@@ -64,6 +65,9 @@ class LanguageReward(PointwiseRewardModel):
             device=self.device,
             dtype=self.dtype,
         )
+        if options.chat_template_kwargs is not None:
+            template = {"chat_template_kwargs": dict(options.chat_template_kwargs)}
+            self.scorer.head = self.scorer.head.model_copy(update=template)
         self.scorer.eval().requires_grad_(False)
 
     @torch.no_grad()
