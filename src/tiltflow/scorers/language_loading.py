@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.checkpoints import WeightsFolder
-from tiltflow.scorers.language_head import RewardHead
+from tiltflow.scorers.language_head import DTYPES, RewardHead
 from tiltflow.scorers.language_lora import ADAPTER_FILE, load_lora, plain_state, without_lora
 
 HEAD_KEY: Final = "reward_head"  # in config.json
@@ -81,8 +81,7 @@ def load_classifier(
 
 def unread_token(classifier: Any) -> int | None:
     """Return the token that a causal classifier of transformers skips at the end of a text; others skip none."""
-    reads_last_token = "score" in dict(classifier.named_children())
-    return padding_of(classifier.config) if reads_last_token else None
+    return padding_of(classifier.config) if _has_score(classifier) else None
 
 
 def padding_of(config: Any) -> int | None:
@@ -210,7 +209,13 @@ def _load_folder(
     if not dropout:
         _stop_dropout(config)
     classifier, has_head = _load(
-        folder, config, new_head=new_head, seed=seed, dtype=dtype, attn_implementation=attn_implementation
+        folder,
+        config,
+        new_head=new_head,
+        head_dtype=DTYPES[head.dtype],
+        seed=seed,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
     )
     if require_head and not has_head:
         raise RewardError(
@@ -244,7 +249,15 @@ def _load_adapter(
     config.num_labels = head.num_attributes
     if not dropout:
         _stop_dropout(config)
-    classifier, _ = _load(found, config, new_head=True, seed=0, dtype=dtype, attn_implementation=attn_implementation)
+    classifier, _ = _load(
+        found,
+        config,
+        new_head=True,
+        head_dtype=DTYPES[head.dtype],
+        seed=0,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
     _set_padding(classifier, tokenizer, pad)
     return LoadedClassifier(load_lora(classifier, folder), tokenizer, head)
 
@@ -289,7 +302,14 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _load(
-    folder: Path, config: Any, *, new_head: bool, seed: int, dtype: torch.dtype, attn_implementation: str | None
+    folder: Path,
+    config: Any,
+    *,
+    new_head: bool,
+    head_dtype: torch.dtype,
+    seed: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
 ) -> tuple[Any, bool]:
     """Load weights strictly, and tell whether the head was among them; only a new one may be missing or misshapen."""
     cls, strict = classifier_class(config), not new_head and _is_classifier(config)
@@ -318,27 +338,36 @@ def _load(
             f"the weights in {folder} do not fit {type(classifier).__name__}: {len(problems)} are missing, misshapen "
             f"or unexpected, the first being {problems[0]}; download them again"
         )
-    if new_head or strict:
-        return classifier, strict
+    if _has_score(classifier):
+        classifier.score.to(head_dtype)
+    if new_head:
+        return classifier, False
     foreign = [name for name in report["unexpected_keys"] if FOREIGN_HEAD.match(name.partition(".")[0])] + misshapen
-    if foreign and not _take_head(classifier, folder, foreign):
+    own_name = f"{config.to_dict().get('value_head_prefix') or 'value_head'}.weight"  # OpenRLHF's, of the same layer
+    renamed = not strict and foreign == [own_name]
+    read = _read_head(classifier, folder, own_name if renamed else "score.weight")
+    if foreign and not strict and not (renamed and read):
         raise RewardError(
             f"{folder} has a head of its own that does not fit {type(classifier).__name__}: {foreign[0]}; "
             "where a new one shall be trained instead, say so (new_head: true)"
         )
-    return classifier, bool(foreign) or not absent
+    return classifier, strict or renamed or not absent
+
+
+def _has_score(classifier: Any) -> bool:
+    """Return whether the head is a layer of its own, as in all causal classifiers."""
+    return "score" in dict(classifier.named_children())
 
 
 @torch.no_grad()
-def _take_head(classifier: Any, folder: Path, names: Sequence[str]) -> bool:
-    """Load the linear layer that OpenRLHF saves under a name of its own, and tell whether it was that."""
-    own = f"{classifier.config.to_dict().get('value_head_prefix') or 'value_head'}.weight"
-    if list(names) != [own] or "score" not in dict(classifier.named_children()):
+def _read_head(classifier: Any, folder: Path, name: str) -> bool:
+    """Load a head as exactly as it is stored, not rounded to the network's precision, and tell if it is there."""
+    if not _has_score(classifier):
         return False
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            if own in weights.keys():  # noqa: SIM118  # it is no dictionary
-                found = weights.get_tensor(own)
+            if name in weights.keys():  # noqa: SIM118  # it is no dictionary
+                found = weights.get_tensor(name)
                 if found.shape == classifier.score.weight.shape:
                     classifier.score.weight.copy_(found)
                     return True
@@ -347,7 +376,7 @@ def _take_head(classifier: Any, folder: Path, names: Sequence[str]) -> bool:
 
 def _draw_head(classifier: Any, seed: int) -> None:
     """Draw the head of a causal classifier anew; other classifiers keep what they were made with."""
-    if "score" in dict(classifier.named_children()):
+    if _has_score(classifier):
         weight = classifier.score.weight
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1)
