@@ -204,6 +204,8 @@ def test_what_does_not_fit_is_said_before_training(base, files):
         ranking(base, files, data={"max_length": 300})
     with pytest.raises(ValidationError, match="loss is for reward_model_type: binary_ranking"):
         regression(base, files, loss="margin")
+    saved = LanguageModelConfig(reward_model_type="regression", pretrained=base).model_dump(mode="json")
+    assert LanguageModelConfig(**saved).model_dump(mode="json") == saved
     with pytest.raises(DataError, match="line 1: missing key: 'margin', which loss: margin reads"):
         ranking(base, files, loss="margin")
 

@@ -60,9 +60,10 @@ class LanguageModelConfig(RewardModelConfig):
 
     @model_validator(mode="after")
     def _losses_are_of_pairs(self) -> "LanguageModelConfig":
-        own = {"loss", "center_rewards_coefficient", "tie_threshold"} & self.model_fields_set
-        if self.reward_model_type is RewardModelType.REGRESSION and own:
-            raise ValueError(f"{min(own)} is for reward_model_type: binary_ranking; leave it out")
+        own = {"loss": "bradley_terry", "center_rewards_coefficient": None, "tie_threshold": None}
+        changed = [name for name, default in own.items() if self.__dict__[name] != default]  # a saved config has all
+        if self.reward_model_type is RewardModelType.REGRESSION and changed:
+            raise ValueError(f"{changed[0]} is for reward_model_type: binary_ranking; leave it out")
         return self
 
 
