@@ -68,7 +68,7 @@ def test_half_a_character_is_a_bad_record(model):
     assert len(PairExamples([broken, SHORT], how, pad=0)) == 1
     assert left_out.counts == {"cannot be encoded": 1}
     how, _ = tokenizing(model, on_bad="error")
-    with pytest.raises(DataError, match="f, line 1: cannot be encoded: the text .* is no Unicode text"):
+    with pytest.raises(DataError, match=r"f, line 1: cannot be encoded: the text .* is no Unicode text"):
         PairExamples([broken], how, pad=0)
 
 

@@ -87,14 +87,14 @@ def test_ratings_go_through_the_chat_template_as_pairs_do(tmp_path):
 
 
 def test_keys_of_the_other_kind_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="data.layout is for reward_model_type: binary_ranking; leave it out"):
+    with pytest.raises(ConfigError, match=r"data.layout is for reward_model_type: binary_ranking; leave it out"):
         fitted(tmp_path, RATED, kind="regression", layout="adjacent")
-    with pytest.raises(ConfigError, match="data.label_range is for reward_model_type: regression; leave it out"):
+    with pytest.raises(ConfigError, match=r"data.label_range is for reward_model_type: regression; leave it out"):
         fitted(tmp_path, label_range=(0, 4))
 
 
 def test_misspelt_attribute_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="data.train: nothing is rated as kindd; correct model.head.attribute_names"):
+    with pytest.raises(DataError, match=r"data.train: nothing is rated as kindd; correct model.head.attribute_names"):
         fitted(
             tmp_path,
             RATED,
