@@ -104,3 +104,10 @@ def test_what_is_wrong_is_said(tmp_path, capsys, more, message):
     (tmp_path / "bench.jsonl").write_text(json.dumps({"chosen": "w1 w3", "rejected": "w2"}))
     assert main(["evaluate-reward", str(folder), str(tmp_path / "bench.jsonl"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_without_head_is_refused(tmp_path, capsys):
+    folder = save_causal(tmp_path / "base")
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"chosen": "w1 w3", "rejected": "w2"}))
+    assert main(["evaluate-reward", str(folder), str(tmp_path / "bench.jsonl")]) == 2
+    assert "make a reward model of it with `tiltflow train-reward`" in capsys.readouterr().err

@@ -204,6 +204,8 @@ def test_what_does_not_fit_is_said_before_training(base, files):
         ranking(base, files, data={"max_length": 300})
     with pytest.raises(ValidationError, match="loss is for reward_model_type: binary_ranking"):
         regression(base, files, loss="margin")
+    saved = LanguageModelConfig(reward_model_type="regression", pretrained=base).model_dump(mode="json")
+    assert LanguageModelConfig(**saved).model_dump(mode="json") == saved
     with pytest.raises(DataError, match="line 1: missing key: 'margin', which loss: margin reads"):
         ranking(base, files, loss="margin")
 
@@ -312,6 +314,8 @@ def test_gradient_checkpointing_changes_no_number(base, files):
         fitting = ranking(base, files)
         if checkpointing:
             fitting.model.enable_gradient_checkpointing()
+            layers = fitting.model.model.classifier.base_model.layers
+            assert all(layer.gradient_checkpointing for layer in layers)
         fitting.model.train()
         loss, _ = summed(fitting.model, fitting.train, [(range(13), [1.0] * 13)])
         loss.backward()

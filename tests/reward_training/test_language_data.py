@@ -8,6 +8,7 @@ from tiltflow.data.preferences import Preference
 from tiltflow.data.ratings import Rating
 from tiltflow.data.records import LeftOut
 from tiltflow.errors import DataError
+from tiltflow.reward_training.batches import Batches
 from tiltflow.reward_training.language_data import PairExamples, RatingExamples, Tokenizing
 from tiltflow.scorers import LanguageRewardModel
 
@@ -29,18 +30,46 @@ def tokenizing(model, *, over_length="filter", on_bad="skip", max_length=6) -> t
 def test_too_long_pairs_are_left_out_and_counted(model):
     how, left_out = tokenizing(model)
     examples = PairExamples([SHORT, LONG, SAME_START], how, pad=0)
-    assert len(examples) == 1 and examples.lengths == [3]
+    assert len(examples) == 1 and examples.lengths == [6]  # two texts
     assert how.notes == {"longer than 6 tokens, left out": 2} and not left_out.counts
 
 
 def test_too_long_texts_keep_their_beginning_unless_it_is_all_they_differ_by(model):
     how, left_out = tokenizing(model, over_length="truncate")
     examples = PairExamples([SHORT, LONG, SAME_START], how, pad=0)
-    assert examples.lengths == [3, 6]
+    assert examples.lengths == [6, 12]
     assert how.notes == {"longer than 6 tokens, truncated": 2}
     assert left_out.counts == {"identical chosen and rejected": 1}
     batch = examples.batch([1], [1.0])
     assert batch["chosen"].tolist() == [model.encode("w1 " * 9)[:6]]
+
+
+def test_a_text_that_is_cut_still_ends(tmp_path):
+    model = LanguageRewardModel.from_pretrained(save_causal(tmp_path / "model"), append_eos=True)
+    how, _ = tokenizing(model, over_length="truncate", max_length=4)
+    examples = PairExamples([Preference("w1 w2 w3 w4", "w1", "f, line 1")], how, pad=0)
+    batch = examples.batch([0], [1.0])
+    assert batch["chosen"].tolist() == [[*model.encode("w1 w2")[:3], 1]]
+    assert batch["rejected"].tolist() == [model.encode("w1")]
+
+
+def test_pairs_count_both_texts_against_the_tokens_of_a_micro_batch(model):
+    how, _ = tokenizing(model, max_length=99)
+    examples = PairExamples([Preference("w1 " * 24, "w2", f"f, line {n}") for n in range(8)], how, pad=0)
+    for parts in Batches(examples.lengths, batch_size=8, max_tokens=100).epoch():
+        assert [len(part.places) for part in parts.micro_batches] == [2] * 4
+        rows = [examples.batch(part.places, part.weights) for part in parts.micro_batches]
+        assert all(2 * row["chosen"].numel() <= 100 for row in rows)
+
+
+def test_half_a_character_is_a_bad_record(model):
+    broken = Preference("w1 \ud83d", "w2", "f, line 1")
+    how, left_out = tokenizing(model)
+    assert len(PairExamples([broken, SHORT], how, pad=0)) == 1
+    assert left_out.counts == {"cannot be encoded": 1}
+    how, _ = tokenizing(model, on_bad="error")
+    with pytest.raises(DataError, match=r"f, line 1: cannot be encoded: the text .* is no Unicode text"):
+        PairExamples([broken], how, pad=0)
 
 
 def test_too_long_pair_can_be_an_error_with_its_line(model):

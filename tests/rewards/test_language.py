@@ -1,9 +1,11 @@
 """A language reward model as a reward, alone and behind a server."""
 
+import json
+
 import pytest
 import torch
 
-from tests.scorers.tiny_language import save_causal, save_classifier
+from tests.scorers.tiny_language import CHAT, save_causal, save_classifier
 from tests.serving.http.servers import running
 from tiltflow.errors import RewardError
 from tiltflow.rewards import build_reward
@@ -39,10 +41,52 @@ def test_texts_that_cannot_be_scored_fail_alone(tmp_path):
     assert output.rewards.isnan().tolist() == [False, True, True, False]
     assert {place: str(error) for place, error in output.failures.items()} == {
         1: "the text '' has no tokens; there is nothing to score",
-        2: "the text has 6 tokens, more than 5; shorten it, or raise max_length",
+        2: "the text has 6 tokens, more than 5; shorten it, raise max_length, or set over_length: truncate",
     }
     long = build_reward("LanguageReward", model=str(folder))(prompt=["w1 " * 257])
     assert "257 tokens, more than 256" in str(long.failures[0])
+
+
+def test_texts_that_are_too_long_can_be_cut(tmp_path):
+    base = save_causal(tmp_path / "base")
+    LanguageRewardModel.from_pretrained(base, append_eos=True).save_pretrained(tmp_path / "model")
+    reward = build_reward("LanguageReward", model=str(tmp_path / "model"), max_length=5, over_length="truncate")
+    output = reward(prompt=["w1 w2 w3 w4 w5 w6", "w1 w2 w3"])
+    assert not output.failures
+    assert float(output.rewards[0]) == pytest.approx(float(output.rewards[1]), abs=1e-6)
+
+
+def test_half_a_character_costs_no_other_text_its_score(tmp_path):
+    folder = save_classifier(tmp_path / "model")
+    output = build_reward("LanguageReward", model=str(folder))(prompt=["w1", "w2 \ud83d", "w3"])
+    assert torch.as_tensor(output.rewards).isnan().tolist() == [False, True, False]
+    assert "is no Unicode text" in str(output.failures[1])
+
+
+def test_texts_may_be_json_of_messages_or_of_a_pair(tmp_path):
+    folder = save_classifier(tmp_path / "model", chat=f"<s> {CHAT}")
+    model = LanguageRewardModel.from_pretrained(folder).eval()
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "good"}]
+    others = ['{"prompt": "w1"}', "[w1]", '["w1"]', "{", '{"prompt": 1, "response": "good"}', "[]"]
+    texts = [json.dumps(talk), json.dumps({"prompt": "w1", "response": "good"}), model.render(talk), *others]
+    rewards = build_reward("LanguageReward", model=str(folder))(prompt=texts).rewards
+    expected = model.score([talk, talk, talk, *others])
+    torch.testing.assert_close(torch.as_tensor(rewards), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_template_can_be_given_what_it_asks_for(tmp_path):
+    folder = save_classifier(tmp_path / "model", chat=f"{{{{ date or 'w1' }}}} {CHAT}", start=False)
+    talk = json.dumps([{"role": "user", "content": "w2"}])
+    model = LanguageRewardModel.from_pretrained(folder).eval()
+    for options, date in (({}, "w1"), ({"chat_template_kwargs": {"date": "w9"}}, "w9")):
+        rewards = build_reward("LanguageReward", model=str(folder), **options)(prompt=[talk]).rewards
+        expected = model.score([f"{date} user : w2 </s>"])
+        torch.testing.assert_close(torch.as_tensor(rewards), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_head_is_no_reward(tmp_path):
+    with pytest.raises(RewardError, match="which has no trained head: its rewards would be random"):
+        build_reward("LanguageReward", model=str(save_causal(tmp_path / "base")))
 
 
 def test_a_model_must_be_named_and_be_there():
@@ -55,11 +99,15 @@ def test_a_model_must_be_named_and_be_there():
 def test_folder_is_a_model_of_a_server(tmp_path):
     folder = save_classifier(tmp_path / "model")
     expected = LanguageRewardModel.from_pretrained(folder).eval().score(TEXTS).tolist()
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "good"}]
+    talked = LanguageRewardModel.from_pretrained(folder).eval().score([talk]).tolist()
     with running(
         "-m", "tiltflow", "serve", f"{{reward_model: LanguageReward, model: {folder}}}", "--port", "0"
     ) as server:
         answer = server.post("/get_reward", {"query": TEXTS})
         assert answer.status == 200
         assert answer.json["rewards"] == pytest.approx(expected, abs=1e-5)
+        answer = server.post("/get_reward", {"query": [json.dumps(talk)]})
+        assert answer.json["rewards"] == pytest.approx(talked, abs=1e-5)
         refused = server.post("/get_reward", {"query": ["w1 " * 257]})
         assert refused.status >= 400 and "258 tokens, more than 256" in refused.json["detail"]

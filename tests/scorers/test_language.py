@@ -239,6 +239,17 @@ def test_head_computes_in_its_own_precision(tmp_path):
     assert coarse.score(TEXTS).dtype == torch.float32
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_head_of_a_bfloat16_folder_is_not_rounded(tmp_path, lora):
+    model = load(save_causal(tmp_path / "base"), dtype=torch.bfloat16)
+    if lora:
+        model.add_lora(LoraSettings(rank=1))
+    (model.save_adapter if lora else model.save_pretrained)(tmp_path / "saved")
+    again = LanguageRewardModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).eval()
+    assert model.classifier.score.weight.dtype == torch.float32
+    assert torch.equal(again.score(TEXTS), model.eval().score(TEXTS))
+
+
 def test_dropout_can_be_left_out(tmp_path):
     folder = save_causal(tmp_path / "base", "gpt2")
     with_dropout = LanguageRewardModel.from_pretrained(folder).train()

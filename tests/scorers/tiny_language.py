@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Tokenizer,
+    RobertaConfig,
 )
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -72,6 +73,9 @@ def config_of(family: str, words: int) -> Any:
             return CohereConfig(**common, **ROTARY)
         case "mamba":
             return MambaConfig(**common, hidden_size=32, num_hidden_layers=2, state_size=4)
+        case "roberta":
+            sizes = {**SIZES, "intermediate_size": 64, "max_position_embeddings": 34}
+            return RobertaConfig(**{**common, "pad_token_id": 1}, **sizes)
         case _:
             return BertConfig(**{**common, "pad_token_id": 0}, **SIZES, intermediate_size=64)
 

@@ -46,8 +46,9 @@ def run_reward_evaluation(
         data: Files, folders or `owner/name@split` of the hub, with `chosen`, `rejected`, and maybe `prompt` and
             `subset`; pairs without a subset are one of their source's name.
         output: The result, JSON; the scores of every pair go beside it, as .jsonl.
-        as_conversation: Whether a prompt and an answer that are texts go through the chat template: `auto`, if the
-            model has one; a text without prompt is then taken as it is.
+        as_conversation: Whether a prompt and an answer that are texts go through the chat template: `auto`, if they
+            did in training, or, where the model does not tell, if it has one; a text without prompt is then taken as it
+            is.
         length: Tokens that a text may have; None: what the network can read, at most 4096.
         over_length: What happens to a longer one; counted.
         on_bad_record: What happens to a record that cannot be used; counted.
@@ -65,14 +66,14 @@ def run_reward_evaluation(
     if path.suffix != ".json":
         raise ConfigError(f"--output {path}: the result is JSON; end the name in .json")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = LanguageRewardModel.from_pretrained(model, device=device, dtype=DTYPES[dtype]).eval()
+    network = LanguageRewardModel.from_pretrained(model, require_head=True, device=device, dtype=DTYPES[dtype]).eval()
     if not network.head.scalar:
         network.head = network.head.model_copy(update={"merge_attributes": True})
     left_out = LeftOut(on_bad_record)
     limit = max_length(network, LanguageDataConfig(train="", max_length=length))
     tokenizing = Tokenizing(network, max_length=limit, over_length=over_length, left_out=left_out)
     chat: bool | Literal["prompted"] = as_conversation == "yes"
-    if as_conversation == "auto" and network.tokenizer.chat_template is not None:
+    if as_conversation == "auto" and network.takes_conversations:
         chat = "prompted"
     kept, rows = _encoded(_preferences(data, left_out, chat), tokenizing)
     notes = dict(tokenizing.notes + Counter({f"{kind}, left out": n for kind, n in left_out.counts.items()}))

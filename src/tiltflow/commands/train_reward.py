@@ -131,6 +131,8 @@ class _RewardRun:
         told += [f"{count} left out: {why}" for why, count in self.fitting.notes.items() if count]
         steps = f"{trainer.batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all"
         print(f"{'; '.join(told)}; {steps}", file=sys.stderr)
+        for remark in self.fitting.remarks:
+            warn(remark)
 
     def _after_step(self, step: FitStep, trackers: TrackerGroup, bar: ProgressBar) -> None:
         """Keep the model if it is among the best, log, and save when due."""

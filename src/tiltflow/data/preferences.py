@@ -71,12 +71,7 @@ def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool |
 
 def _from_pair(record: Record, as_conversation: bool | str) -> Preference:
     values = record.values
-    chosen, rejected = text_field(values, "chosen"), text_field(values, "rejected")
-    if values.get("prompt") is not None:
-        prompt = text_field(values, "prompt")
-        chosen, rejected = (_after(prompt, answer, bool(as_conversation)) for answer in (chosen, rejected))
-    elif as_conversation is True and isinstance(chosen, str):
-        raise BadRecord("missing key", "'prompt': a conversation is made of a prompt and an answer")
+    chosen, rejected = (prompted(values, key, as_conversation) for key in ("chosen", "rejected"))
     low, high = MARGINS
     label = number_field(values, "label", low=0.0, high=1.0)
     return Preference(
@@ -87,6 +82,20 @@ def _from_pair(record: Record, as_conversation: bool | str) -> Preference:
         label=1.0 if label is None else label,
         subset=str(values.get("subset") or ""),
     )
+
+
+def prompted(values: Mapping[str, Any], key: str, as_conversation: bool | str) -> Any:
+    """Return an answer of a record, its prompt before it if it has one; the arguments are those of `read_preferences`.
+
+    Raises:
+        BadRecord: It has no answer, or prompt and answer cannot be put together.
+    """
+    answer = text_field(values, key)
+    if values.get("prompt") is not None:
+        return _after(text_field(values, "prompt"), answer, bool(as_conversation))
+    if as_conversation is True and isinstance(answer, str):
+        raise BadRecord("missing key", "'prompt': a conversation is made of a prompt and an answer")
+    return answer
 
 
 def _after(prompt: Any, answer: Any, as_conversation: bool) -> Any:

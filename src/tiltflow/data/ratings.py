@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tiltflow.data.preferences import prompted
 from tiltflow.data.records import BadRecord, LeftOut, checked_number, read_records, renamed, text_field
 
 MISSING = -100.0  # the rating that is none
@@ -19,6 +20,7 @@ class Rating:
     text: Any  # a string, or a tuple of messages
     labels: tuple[float, ...]  # A; MISSING where there is none
     place: str
+    named: bool = False  # each was read under its attribute's own name
 
 
 def read_ratings(
@@ -29,6 +31,7 @@ def read_ratings(
     names: Sequence[str] | None = None,
     label_range: tuple[float, float] | None = None,
     columns: Mapping[str, str] | None = None,
+    as_conversation: bool = False,
 ) -> list[Rating]:
     """Read ratings.
 
@@ -42,6 +45,8 @@ def read_ratings(
         names: Of the attributes, for records without `label`.
         label_range: The least and the greatest rating.
         columns: Expected name -> the source's own, where they differ.
+        as_conversation: Make a conversation of a prompt and a response that are texts; a text without prompt is then a
+            bad record.
 
     Raises:
         DataError: The source cannot be read or is empty, or as `left_out` says.
@@ -53,20 +58,27 @@ def read_ratings(
                 raise BadRecord("broken JSON", record.problem)
             values = renamed(record.values, columns or {})
             labels = _labels(values, attributes, names, label_range or (-1e9, 1e9))
-            ratings.append(Rating(_text(values), labels, record.place))
+            named = values.get("label") is None
+            ratings.append(Rating(_text(values, as_conversation), labels, record.place, named))
         except BadRecord as problem:
             left_out.bad(record.place, problem)
     return ratings
 
 
-def _text(values: Mapping[str, Any]) -> Any:
+def unrated(ratings: Sequence[Rating], names: Sequence[str]) -> list[str]:
+    """Return the attributes that no record has under their name, though records are read by name: misspelt, mostly."""
+    if not any(rating.named for rating in ratings):
+        return []
+    return [name for place, name in enumerate(names) if all(rating.labels[place] == MISSING for rating in ratings)]
+
+
+def _text(values: Mapping[str, Any], as_conversation: bool) -> Any:
     if "text" in values or "prompt" not in values:
         text = text_field(values, "text")
+        if as_conversation and isinstance(text, str):
+            raise BadRecord("missing key", "'prompt': a conversation is made of a prompt and a response")
     else:
-        prompt, response = text_field(values, "prompt"), text_field(values, "response")
-        if isinstance(prompt, str) != isinstance(response, str):
-            raise BadRecord("mixed kinds", "prompt and response must both be texts or both be messages")
-        text = prompt + response
+        text = prompted(values, "response", as_conversation)
     if not text:
         raise BadRecord("empty text", "")
     return text

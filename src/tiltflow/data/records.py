@@ -89,7 +89,10 @@ def text_field(values: Mapping[str, Any], key: str) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and value and all(_is_message(message) for message in value):
-        return tuple({name: part for name, part in message.items() if part is not None} for message in value)
+        # Tables fill up messages with null; a call of a tool has no content, which templates ask for.
+        return tuple(
+            {name: part for name, part in message.items() if part is not None or name == "content"} for message in value
+        )
     raise BadRecord("no text", f"{key!r} must be a text, or messages with 'role' and 'content'; it is {_short(value)}")
 
 
@@ -214,7 +217,9 @@ def _datasets() -> Any:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and value.get("content") is not None
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    return value.get("content") is not None or bool(value.get("tool_calls"))
 
 
 def _short(value: Any) -> str:

@@ -18,10 +18,14 @@ from tiltflow.reward_training.language import (
     REWARD_MODEL_CLASS_DICT,
     BinaryRankingRewardModel,
     RegressionRewardModel,
-    RewardModelType,
 )
 from tiltflow.reward_training.language_build import build_language
-from tiltflow.reward_training.language_config import LanguageDataConfig, LanguageModelConfig, LanguageRunConfig
+from tiltflow.reward_training.language_config import (
+    LanguageDataConfig,
+    LanguageModelConfig,
+    LanguageRunConfig,
+    RewardModelType,
+)
 from tiltflow.reward_training.losses import bradley_terry, masked_mse
 from tiltflow.reward_training.preference import pickscore_criterion, preference_kl
 from tiltflow.reward_training.trainer import FitStep, RewardTrainer

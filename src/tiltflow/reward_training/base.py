@@ -109,7 +109,7 @@ class Examples(Protocol):
 
     @property
     def lengths(self) -> Sequence[int]:
-        """How much each example costs: tokens of its longest text, or 1 where all cost the same."""
+        """How much each example costs: tokens of its texts, padded to one length, or 1 where all cost the same."""
         ...
 
     def __len__(self) -> int: ...
@@ -132,6 +132,7 @@ class Fitting:
     train: Examples
     validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
+    remarks: Sequence[str] = ()  # what the user may not have meant
 
 
 def _over_processes(values: Sequence[float], *, device: torch.device) -> list[float]:

@@ -38,7 +38,7 @@ class Batches:
     not divide, such as the last one of an epoch, is filled up with rows of weight 0.
 
     Args:
-        lengths: What each example costs, at least 1: tokens of its longest text, or 1 where all cost the same.
+        lengths: What each example costs, at least 1: tokens of its texts, or 1 where all cost the same.
         batch_size: Examples of a global batch, over all processes.
         micro_batch_size: Rows of a forward pass of one process at most; None for a share as a whole.
         max_tokens: Rows times the longest length of a forward pass at most; a longer row is alone. None for no limit.

@@ -32,7 +32,7 @@ class FitConfig(Config):
     max_seconds: float | None = Field(default=None, gt=0)  # of one start: then validate, save and end
     batch_size: int = Field(default=64, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)  # rows of one forward pass; None: all of a process
-    max_tokens: int | None = Field(default=None, ge=1)  # rows times the longest, of one forward pass
+    max_tokens: int | None = Field(default=None, ge=1)  # of one forward pass with padding; a pair is two texts
     length_window: int = Field(default=50, ge=0)  # batches in which examples of like lengths are put together
     shuffle: bool = True  # another order each epoch; false: that of the data
     lr: float = Field(default=1e-5, gt=0)

@@ -2,9 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from tiltflow.errors import ConfigError
 from tiltflow.reward_training.base import Batch, Totals, TrainableRewardModel
-from tiltflow.reward_training.language_config import LanguageModelConfig
+from tiltflow.reward_training.language_config import LanguageModelConfig, RewardModelType
 from tiltflow.reward_training.losses import (
     Sums,
     bradley_terry_metrics,
@@ -21,17 +19,6 @@ from tiltflow.reward_training.losses import (
     masked_mse_sums,
 )
 from tiltflow.scorers import LanguageRewardModel
-
-
-class RewardModelType(Enum):
-    """What a language reward model learns from."""
-
-    BINARY_RANKING = "binary_ranking"  # pairs of which one was preferred
-    REGRESSION = "regression"  # ratings of attributes
-
-    @classmethod
-    def _missing_(cls, value: object) -> Any:
-        raise ValueError(f"reward_model_type={value!r}: use one of {', '.join(each.value for each in cls)}")
 
 
 class LanguageTrainable(TrainableRewardModel):
@@ -69,7 +56,7 @@ class LanguageTrainable(TrainableRewardModel):
     def save_pretrained(self, folder: Path) -> None:
         """Write a sequence classifier of transformers; with LoRA, which is merged there, also `adapter/`."""
         self.model.save_pretrained(folder)
-        if self.config.lora is not None:
+        if self.model.has_lora:
             self.model.save_adapter(folder / "adapter")
 
 

@@ -29,8 +29,8 @@ class Tokenizing:
         Args:
             model: Its tokenizer makes the tokens.
             max_length: Tokens that a text may have.
-            over_length: Leave a longer one, or the pair it is in, out (`filter`), keep its beginning (`truncate`), or
-                stop (`error`).
+            over_length: Leave a longer one, or the pair it is in, out (`filter`), keep its beginning and what ends
+                texts (`truncate`), or stop (`error`).
             left_out: Counts what cannot be encoded, or raises.
         """
         self._model = model
@@ -53,7 +53,7 @@ class Tokenizing:
         longest = max(len(row) for row in rows)
         if longest > self._max_length and not self._shortened(longest, place):
             return None
-        rows = [row[: self._max_length] for row in rows]
+        rows = [self._model.shortened(row, self._max_length) for row in rows]
         if len(rows) == 2 and rows[0] == rows[1]:
             cause = "after both were truncated" if longest > self._max_length else "once they are tokens"
             self._left_out.bad(place, BadRecord("identical chosen and rejected", cause))
@@ -97,7 +97,7 @@ class PairExamples:
         self._labels = torch.tensor(labels)
         self._margins = torch.tensor(margins)
         self._pad = pad
-        self.lengths = [max(len(row) for row in rows) for rows in self._rows]
+        self.lengths = [2 * max(len(row) for row in rows) for rows in self._rows]  # both texts, padded to the longer
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,8 +1,9 @@
 """A language reward model as a reward: the score of a text."""
 
+import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,14 +19,19 @@ class LanguageRewardOptions(Config):
     """Options of the language reward."""
 
     model: str | None = None  # folder that `tiltflow train-reward` wrote, or a sequence classifier of the hub's cache
-    max_length: int | None = Field(default=None, ge=1)  # tokens; a longer text fails. None: what the network can read
+    max_length: int | None = Field(default=None, ge=1)  # tokens; None: what the network can read
+    over_length: Literal["error", "truncate"] = "error"  # a longer text fails, or keeps its beginning
     mean: float = 0.0  # reward = (score - mean) / std
     std: float = Field(default=1.0, gt=0)
-    attention: str | None = None  # transformers' attn_implementation
+    chat_template_kwargs: Mapping[str, Any] | None = None  # such as {date_string: ...}; None: what training kept
+    attn_implementation: str | None = None  # of transformers
 
 
 class LanguageReward(PointwiseRewardModel):
     """The score of each prompt's text, by a trained language reward model; no picture is looked at.
+
+    A text that is JSON of messages is a conversation for the model's chat template, and one that is a JSON object of
+    `prompt` and `response` is made into what training made of such a pair. Any other is scored as it is.
 
     With several attributes the reward is their weighted sum, and `extra_info` holds each of them.
     """
@@ -53,8 +59,15 @@ class LanguageReward(PointwiseRewardModel):
                 "classifier: a folder, or a hub repository in the cache"
             )
         self.scorer = LanguageRewardModel.from_pretrained(
-            options.model, attention=options.attention, device=self.device, dtype=self.dtype
+            options.model,
+            attn_implementation=options.attn_implementation,
+            require_head=True,
+            device=self.device,
+            dtype=self.dtype,
         )
+        if options.chat_template_kwargs is not None:
+            template = {"chat_template_kwargs": dict(options.chat_template_kwargs)}
+            self.scorer.head = self.scorer.head.model_copy(update=template)
         self.scorer.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -73,7 +86,7 @@ class LanguageReward(PointwiseRewardModel):
         failures: dict[int, Exception] = {}
         for place, text in enumerate(prompt):
             try:
-                rows[place] = _checked(self.scorer.encode(text), limit)
+                rows[place] = self._checked(self.scorer.encode(_parsed(text, self.scorer)), limit)
             except RewardError as error:
                 failures[place] = error
         count = self.scorer.head.num_attributes
@@ -86,8 +99,29 @@ class LanguageReward(PointwiseRewardModel):
         info = {str(names[place]): attributes[:, place].tolist() for place in range(count)}
         return RewardModelOutput(rewards, info, failures)
 
+    def _checked(self, tokens: list[int], limit: int | None) -> list[int]:
+        if limit is None or len(tokens) <= limit:
+            return tokens
+        if self.options.over_length == "truncate":
+            return self.scorer.shortened(tokens, limit)
+        raise RewardError(
+            f"the text has {len(tokens)} tokens, more than {limit}; shorten it, raise max_length, or set "
+            "over_length: truncate"
+        )
 
-def _checked(tokens: list[int], limit: int | None) -> list[int]:
-    if limit is not None and len(tokens) > limit:
-        raise RewardError(f"the text has {len(tokens)} tokens, more than {limit}; shorten it, or raise max_length")
-    return tokens
+
+def _parsed(text: str, scorer: LanguageRewardModel) -> Any:
+    """Return what a text stands for: a conversation, a prompt with its answer, or itself."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(value, dict) and value.keys() == {"prompt", "response"}:
+        prompt, response = value["prompt"], value["response"]
+        if isinstance(prompt, str) and isinstance(response, str):
+            return scorer.pair(prompt, response)
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        return value
+    return text

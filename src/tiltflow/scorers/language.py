@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.language_head import DTYPES, RewardHead
-from tiltflow.scorers.language_loading import load_classifier, save_classifier, write_head
-from tiltflow.scorers.language_lora import LoraSettings, add_lora, save_lora, without_lora
+from tiltflow.scorers.language_loading import load_classifier, save_classifier, unread_token, write_head
+from tiltflow.scorers.language_lora import LoraSettings, add_lora, has_lora, save_lora, without_lora
+from tiltflow.scorers.language_text import Message, Text, TextEncoder
 from tiltflow.scorers.length_buckets import length_buckets, pad_rows, token_batches
-
-Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Text: TypeAlias = str | Sequence[Message]  # as it is, or a conversation for the model's chat template
 
 SCORING_TOKENS = 16_384  # that one call of the network gets, padding included
 
@@ -65,6 +63,7 @@ class LanguageRewardModel(nn.Module):
         self.network = network
         self.tokenizer = tokenizer
         self.head = head
+        self.texts = TextEncoder(tokenizer, unread=unread_token(classifier))
         self.register_buffer("attribute_weights", head.weights(), persistent=False)
         if self.reads_last_token:
             classifier.score.to(DTYPES[head.dtype])
@@ -76,10 +75,11 @@ class LanguageRewardModel(nn.Module):
         *,
         head: RewardHead | Mapping[str, Any] | None = None,
         new_head: bool = False,
+        require_head: bool = False,
         seed: int = 0,
         append_eos: bool = False,
         dropout: bool = True,
-        attention: str | None = None,
+        attn_implementation: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "LanguageRewardModel":
@@ -89,24 +89,27 @@ class LanguageRewardModel(nn.Module):
             folder: In Hugging Face format, or a hub repository in the models folder or the cache.
             head: What the head gives, or what of it is other than the folder says; None changes nothing.
             new_head: Begin with a new head even if the folder has one.
+            require_head: Refuse a folder without a head, whose rewards would be those of a drawn one.
             seed: Of a new head's weights, N(0, 1 / (width + 1)^2): rewards start near 0.
             append_eos: Let the tokenizer end every text, but no conversation, with its end-of-text token.
             dropout: Keep the model's dropout, which acts in training mode only.
-            attention: transformers' `attn_implementation`; None lets it choose.
+            attn_implementation: transformers' own; None lets it choose.
             device: Where to compute.
             dtype: Of the network; the head has its own.
 
         Raises:
-            RewardError: There is no such model, it cannot be a sequence classifier, or weights are missing.
+            RewardError: There is no such model, it cannot be a sequence classifier, weights are missing, or it has a
+                head that is none of transformers'.
         """
         loaded = load_classifier(
             folder,
             head=head,
             new_head=new_head,
+            require_head=require_head,
             seed=seed,
             append_eos=append_eos,
             dropout=dropout,
-            attention=attention,
+            attn_implementation=attn_implementation,
             dtype=dtype,
         )
         return cls(loaded.network, loaded.tokenizer, loaded.head).to(device)
@@ -131,26 +134,39 @@ class LanguageRewardModel(nn.Module):
         """How many tokens the network can read; None where nothing limits it."""
         config = self.classifier.config.get_text_config()
         name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")  # GPT-2: n_positions
-        return config.to_dict().get(name)
+        found = config.to_dict().get(name)
+        return found if found is None else found - _unused_positions(self.classifier.base_model)
+
+    @property
+    def takes_conversations(self) -> bool:
+        """Whether a prompt and an answer go through the chat template: what training did, or if there is one."""
+        known = self.head.as_conversation
+        return self.tokenizer.chat_template is not None if known is None else known
+
+    def pair(self, prompt: str, answer: str) -> Text:
+        """Return a prompt and an answer as the model takes them: a conversation, or one text after the other."""
+        if not self.takes_conversations:
+            return prompt + answer
+        return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
 
     def encode(self, text: Text) -> list[int]:
         """Return the tokens of a text as the folder's tokenizer makes them; a conversation goes through its template.
 
-        Where padding and end of text are the same token, as in some published reward models, the end is left out:
-        transformers could not tell it from padding either.
+        A text gets no special token with which it begins or ends already, and none at all from a model that was
+        trained on conversations: its texts are conversations that were rendered elsewhere.
+
+        Where a classifier takes its end-of-text token for padding, as some published reward models do, the end is left
+        out: transformers could not tell it from padding either.
 
         Raises:
-            RewardError: There is no chat template for a conversation, it refuses the conversation, or nothing is left.
+            RewardError: There is no chat template for a conversation, it refuses the conversation, the text is no
+                Unicode text, or nothing is left.
         """
-        if isinstance(text, str):
-            ids = list(self.tokenizer(text)["input_ids"])
-        else:
-            ids = list(self.tokenizer(self.render(text), add_special_tokens=False)["input_ids"])
-        while ids and ids[-1] == self.tokenizer.pad_token_id:
-            ids.pop()
-        if not ids:
-            raise RewardError(f"the text {text!r} has no tokens; there is nothing to score")
-        return ids
+        return self.texts.encode(text, self.head)
+
+    def shortened(self, ids: list[int], length: int) -> list[int]:
+        """Return the beginning of a text, at most `length` tokens; what the tokenizer ends texts with stays its end."""
+        return self.texts.shortened(ids, length)
 
     def render(self, conversation: Sequence[Message]) -> str:
         """Return a conversation as text.
@@ -158,16 +174,7 @@ class LanguageRewardModel(nn.Module):
         Raises:
             RewardError: There is no chat template, or it refuses the conversation.
         """
-        if self.tokenizer.chat_template is None:
-            raise RewardError(
-                "the model's tokenizer has no chat template for conversations; give texts, or add one to its folder "
-                "(chat_template.jinja)"
-            )
-        messages = [dict(message) for message in conversation]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template is a program of the model's makers and may fail in any way
-            raise RewardError(f"the chat template refuses {messages!r}: {error}") from error
+        return self.texts.render(conversation, self.head.chat_template_kwargs)
 
     @torch.no_grad()
     def score(self, texts: Sequence[Text], *, max_tokens: int = SCORING_TOKENS) -> Tensor:
@@ -290,14 +297,21 @@ class LanguageRewardModel(nn.Module):
         """
         save_classifier(self.network, self.tokenizer, self.head, folder)
 
+    @property
+    def has_lora(self) -> bool:
+        """Whether low-rank updates are trained instead of all weights."""
+        return has_lora(self.network)
+
     def add_lora(self, settings: LoraSettings, *, seed: int = 0) -> None:
         """Train low-rank updates, and the head in full, instead of all weights.
 
         Raises:
             RewardError: No layer has such a name, or there is LoRA already.
         """
-        if self.network is not self.classifier:
-            raise RewardError("the model has LoRA already; train that on, or save it merged and load it")
+        if self.has_lora:
+            raise RewardError(
+                "the model has LoRA already, which is trained on: leave `lora` out, or begin with the merged model"
+            )
         self.network = add_lora(self.network, settings, seed=seed)
 
     def save_adapter(self, folder: Path) -> None:
@@ -307,7 +321,7 @@ class LanguageRewardModel(nn.Module):
             RewardError: There is no LoRA.
         """
         save_lora(self.network, folder)
-        write_head(self.head, folder)
+        write_head(self.head, self.classifier.config, folder)
         self.tokenizer.save_pretrained(folder)
 
     def _hidden(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -318,6 +332,13 @@ class LanguageRewardModel(nn.Module):
     def _apply_head(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # the head computes in its own precision
             return self.classifier.score(hidden.to(DTYPES[self.head.dtype])).float()
+
+
+def _unused_positions(network: Any) -> int:
+    """Return how many rows of a position table no token reads: RoBERTa and its like count on from the padding row."""
+    tables = [layer for name, layer in network.named_modules() if name.endswith("position_embeddings")]
+    rows = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
+    return max((row + 1 for row in rows if row is not None), default=0)
 
 
 def _mask(input_ids: Tensor, lengths: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the head of a language reward model gives and how it reads."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -12,7 +13,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RewardHead(Config):
-    """What the head gives and how it reads; kept under `reward_head` in the `config.json` of the model's folder."""
+    """What the head gives and reads; kept under `reward_head` in the `config.json` of the model's folder."""
 
     num_attributes: int = Field(default=1, ge=1)  # A
     attribute_names: tuple[str, ...] | None = None  # A, for `id2label`
@@ -20,6 +21,8 @@ class RewardHead(Config):
     merge_attributes: bool = False  # give the weighted sum instead of the attributes
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the head's weights and of its computing
     average_pooling: bool = False  # the mean of a text's hidden states instead of the last one
+    as_conversation: bool | None = None  # what it was trained on went through the chat template; None: nobody knows
+    chat_template_kwargs: Mapping[str, Any] = Field(default_factory=dict[str, Any])  # that the template got
 
     @model_validator(mode="after")
     def _one_for_each_attribute(self) -> "RewardHead":

@@ -1,6 +1,7 @@
 """Language models and classifiers from folders in Hugging Face format, and back."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,14 @@ from typing import Any, Final
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.checkpoints import WeightsFolder
-from tiltflow.scorers.language_head import RewardHead
+from tiltflow.scorers.language_head import DTYPES, RewardHead
 from tiltflow.scorers.language_lora import ADAPTER_FILE, load_lora, plain_state, without_lora
 
 HEAD_KEY: Final = "reward_head"  # in config.json
@@ -23,6 +24,8 @@ HEAD_FILE: Final = "reward_head.json"  # beside an adapter
 # Tokens that models keep for padding though their tokenizer does not say so.
 PADDING: Final = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<PAD>")
 NEW_PADDING: Final = "<|pad|>"
+# How heads are called that transformers' classifiers do not know.
+FOREIGN_HEAD: Final = re.compile(r"v_head|rm_head|.*(score|value|reward|regress|critic|rank|classif)")
 FAILURES: Final = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
@@ -40,10 +43,11 @@ def load_classifier(
     *,
     head: RewardHead | Mapping[str, Any] | None,
     new_head: bool,
+    require_head: bool,
     seed: int,
     append_eos: bool,
     dropout: bool,
-    attention: str | None,
+    attn_implementation: str | None,
     dtype: torch.dtype,
 ) -> LoadedClassifier:
     """Do the work of `LanguageRewardModel.from_pretrained`.
@@ -51,36 +55,38 @@ def load_classifier(
     Raises:
         RewardError: As there.
     """
+    options = {"dropout": dropout, "attn_implementation": attn_implementation, "dtype": dtype}
     if (Path(source) / ADAPTER_FILE).is_file():
-        return _load_adapter(Path(source), head, dropout=dropout, attention=attention, dtype=dtype)
-    folder = WeightsFolder(str(source)).require()
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except FAILURES as error:
-        raise RewardError(f"no language model can be loaded from {folder}: {error}") from error
-    tokenizer = _tokenizer(folder)
-    has_head = not new_head and any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    found = _own_head(config, folder) or RewardHead(num_attributes=config.num_labels if has_head else 1)
-    head = _changed(found, head)
-    if has_head and head.num_attributes != config.num_labels:
-        raise RewardError(
-            f"the classifier in {folder} gives {config.num_labels} numbers for num_attributes={head.num_attributes}; "
-            "set that, or ask for a new head (new_head: true)"
+        if new_head:
+            raise RewardError(f"new_head=True: the adapter in {source} brings its head; load the model that it is for")
+        loaded = _load_adapter(Path(source), head, **options)
+    else:
+        loaded = _load_folder(
+            WeightsFolder(str(source)).require(),
+            head,
+            new_head=new_head,
+            require_head=require_head,
+            seed=seed,
+            **options,
         )
-    config.num_labels = head.num_attributes
-    if not dropout:
-        _stop_dropout(config)
-    classifier = _load(folder, config, has_head=has_head, seed=seed, dtype=dtype, attention=attention)
-    if not has_head:
-        _new_head(classifier, seed)
-        settle_padding(classifier, tokenizer)
-    elif tokenizer.pad_token_id is None:
-        settle_padding(classifier, tokenizer)
-    text_config = classifier.config.get_text_config()
-    text_config.pad_token_id = classifier.config.pad_token_id = tokenizer.pad_token_id
     if append_eos:
-        end_texts(tokenizer)
-    return LoadedClassifier(classifier, tokenizer, head)
+        end_texts(loaded.tokenizer)
+        if loaded.tokenizer.eos_token_id == unread_token(without_lora(loaded.network)):
+            raise RewardError(
+                f"append_eos: the classifier in {source} takes its end-of-text token for padding and does not read it; "
+                "leave append_eos out, or begin with a new head (new_head: true)"
+            )
+    return loaded
+
+
+def unread_token(classifier: Any) -> int | None:
+    """Return the token that a causal classifier of transformers skips at the end of a text; others skip none."""
+    return padding_of(classifier.config) if _has_score(classifier) else None
+
+
+def padding_of(config: Any) -> int | None:
+    """Return the token that a config calls padding, if it does."""
+    return config.get_text_config().to_dict().get("pad_token_id")
 
 
 def classifier_class(config: Any) -> Any:
@@ -102,21 +108,29 @@ def classifier_class(config: Any) -> Any:
     return type(name, (GenericForSequenceClassification, network.__bases__[0]), attributes)
 
 
-def settle_padding(classifier: Any, tokenizer: Any) -> None:
-    """Give a tokenizer a padding token of its own, one that no text ends with; the embedding grows if it must.
+def settle_padding(classifier: Any, tokenizer: Any, *, pad: int | None) -> None:
+    """Let a classifier and its tokenizer agree on padding, a token that no text ends with.
 
     transformers finds the last token of a text as the last one that is not padding: were padding the end-of-text token,
-    it would look past the end of every text.
+    it would look past the end of every text. A classifier that was trained so, with a `pad` of its own, keeps it.
     """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    keeps = pad is not None and 0 <= pad < classifier.get_input_embeddings().num_embeddings
+    if keeps and pad in tokenizer.all_special_ids:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    elif tokenizer.pad_token_id is None or (not keeps and tokenizer.pad_token_id == tokenizer.eos_token_id):
         known = tokenizer.get_vocab()
         found = next((word for word in PADDING if word in known), NEW_PADDING)
         tokenizer.add_special_tokens({"pad_token": found})
-    rows = classifier.get_input_embeddings().num_embeddings
-    if tokenizer.pad_token_id >= rows:
+    _set_padding(classifier, tokenizer, pad if keeps else tokenizer.pad_token_id)
+
+
+def _set_padding(classifier: Any, tokenizer: Any, pad: int | None) -> None:
+    """Write into a config which token is padding; the embedding grows if the tokenizer's has no row."""
+    if tokenizer.pad_token_id >= classifier.get_input_embeddings().num_embeddings:
         with torch.random.fork_rng(devices=[]):  # the row of padding, which no text attends to, is drawn from it
             torch.manual_seed(0)
             classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    classifier.config.get_text_config().pad_token_id = classifier.config.pad_token_id = pad
 
 
 def end_texts(tokenizer: Any) -> None:
@@ -145,10 +159,8 @@ def end_texts(tokenizer: Any) -> None:
 def save_classifier(network: Any, tokenizer: Any, head: RewardHead, folder: Path) -> None:
     """Write a plain sequence classifier with its tokenizer; LoRA is merged in what is written."""
     classifier = without_lora(network)
-    names = head.attribute_names or (
-        ("reward",) if head.num_attributes == 1 else tuple(f"attribute_{place}" for place in range(head.num_attributes))
-    )
     config = classifier.config
+    names = head.attribute_names or _names(config.id2label, head.num_attributes)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: place for place, name in enumerate(names)}
     config.problem_type = "regression"
@@ -157,9 +169,63 @@ def save_classifier(network: Any, tokenizer: Any, head: RewardHead, folder: Path
     tokenizer.save_pretrained(folder)
 
 
-def write_head(head: RewardHead, folder: Path) -> None:
-    """Write what a head gives beside an adapter, whose folder has no `config.json`."""
-    (folder / HEAD_FILE).write_text(json.dumps(head.model_dump(mode="json"), indent=2), encoding="utf-8")
+def _names(id2label: Mapping[int, str], count: int) -> tuple[str, ...]:
+    """Return the names that a folder gives its attributes, or better ones than transformers' LABEL_0, LABEL_1."""
+    own = tuple(str(id2label[place]) for place in range(count))
+    if own != tuple(f"LABEL_{place}" for place in range(count)):
+        return own
+    return ("reward",) if count == 1 else tuple(f"attribute_{place}" for place in range(count))
+
+
+def write_head(head: RewardHead, config: Any, folder: Path) -> None:
+    """Write what a head gives, and the padding it knows, beside an adapter, whose folder has no `config.json`."""
+    content = {**head.model_dump(mode="json"), "pad_token_id": padding_of(config)}
+    (folder / HEAD_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _load_folder(
+    folder: Path,
+    changes: RewardHead | Mapping[str, Any] | None,
+    *,
+    new_head: bool,
+    require_head: bool,
+    seed: int,
+    dropout: bool,
+    attn_implementation: str | None,
+    dtype: torch.dtype,
+) -> LoadedClassifier:
+    """Load a classifier or a causal language model, which gets a new head."""
+    config, tokenizer = _config(folder), _tokenizer(folder)
+    pad = padding_of(config)
+    known = not new_head and _is_classifier(config)
+    found = _own_head(config, folder) or RewardHead(num_attributes=config.num_labels if known else 1)
+    head = _changed(found, changes)
+    if known and head.num_attributes != config.num_labels:
+        raise RewardError(
+            f"the classifier in {folder} gives {config.num_labels} numbers for num_attributes={head.num_attributes}; "
+            "set that, or ask for a new head (new_head: true)"
+        )
+    config.num_labels = head.num_attributes
+    if not dropout:
+        _stop_dropout(config)
+    classifier, has_head = _load(
+        folder,
+        config,
+        new_head=new_head,
+        head_dtype=DTYPES[head.dtype],
+        seed=seed,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    if require_head and not has_head:
+        raise RewardError(
+            f"{folder} holds {', '.join(config.architectures or ['a model'])}, which has no trained head: its rewards "
+            "would be random; make a reward model of it with `tiltflow train-reward`, or name a sequence classifier"
+        )
+    if not has_head:
+        _draw_head(classifier, seed)
+    settle_padding(classifier, tokenizer, pad=pad if known else None)
+    return LoadedClassifier(classifier, tokenizer, head)
 
 
 def _load_adapter(
@@ -167,20 +233,44 @@ def _load_adapter(
     changes: RewardHead | Mapping[str, Any] | None,
     *,
     dropout: bool,
-    attention: str | None,
+    attn_implementation: str | None,
     dtype: torch.dtype,
 ) -> LoadedClassifier:
-    """Load what an adapter was trained on, then the adapter, which brings its head and tokenizer."""
+    """Load what an adapter was trained on, then the adapter, which brings its head, tokenizer and padding."""
     try:
         base = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        own = RewardHead.model_validate_json((folder / HEAD_FILE).read_text(encoding="utf-8"))
+        own = json.loads((folder / HEAD_FILE).read_text(encoding="utf-8"))
+        pad = own.pop("pad_token_id")
+        head = _changed(RewardHead.model_validate(own), changes)
     except (OSError, ValueError, KeyError) as error:
         raise RewardError(f"the adapter in {folder} was not written by save_adapter: {error}") from error
-    head = _changed(own, changes)
-    loaded = load_classifier(
-        base, head=head, new_head=True, seed=0, append_eos=False, dropout=dropout, attention=attention, dtype=dtype
+    found, tokenizer = WeightsFolder(base).require(), _tokenizer(folder)
+    config = _config(found)
+    config.num_labels = head.num_attributes
+    if not dropout:
+        _stop_dropout(config)
+    classifier, _ = _load(
+        found,
+        config,
+        new_head=True,
+        head_dtype=DTYPES[head.dtype],
+        seed=0,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
     )
-    return LoadedClassifier(load_lora(loaded.network, folder), _tokenizer(folder), head)
+    _set_padding(classifier, tokenizer, pad)
+    return LoadedClassifier(load_lora(classifier, folder), tokenizer, head)
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except FAILURES as error:
+        raise RewardError(f"no language model can be loaded from {folder}: {error}") from error
 
 
 def _changed(own: RewardHead, head: RewardHead | Mapping[str, Any] | None) -> RewardHead:
@@ -211,9 +301,18 @@ def _tokenizer(folder: Path) -> Any:
         raise RewardError(f"no tokenizer can be loaded from {folder}: {error}; put the model's own there") from error
 
 
-def _load(folder: Path, config: Any, *, has_head: bool, seed: int, dtype: torch.dtype, attention: str | None) -> Any:
-    """Load weights strictly: where a head is made, only that may be missing or of another shape."""
-    cls = classifier_class(config)
+def _load(
+    folder: Path,
+    config: Any,
+    *,
+    new_head: bool,
+    head_dtype: torch.dtype,
+    seed: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+) -> tuple[Any, bool]:
+    """Load weights strictly, and tell whether the head was among them; only a new one may be missing or misshapen."""
+    cls, strict = classifier_class(config), not new_head and _is_classifier(config)
     try:
         with torch.random.fork_rng(devices=[]):  # what is missing is drawn from the global generator
             torch.manual_seed(seed)
@@ -222,28 +321,62 @@ def _load(folder: Path, config: Any, *, has_head: bool, seed: int, dtype: torch.
                 config=config,
                 local_files_only=True,
                 dtype=dtype,
-                attn_implementation=attention,
-                ignore_mismatched_sizes=not has_head,
+                attn_implementation=attn_implementation,
+                ignore_mismatched_sizes=not strict,
                 output_loading_info=True,
             )
     except FAILURES as error:
         raise RewardError(f"no language model can be loaded from {folder}: {error}") from error
     classifier, report = loaded
     network = f"{classifier.base_model_prefix}."
-    absent = [*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])]
-    problems = [name for name in absent if has_head or name.startswith(network)]
+    misshapen = [str(key[0]) for key in report["mismatched_keys"]]
+    absent = [*report["missing_keys"], *misshapen]
+    problems = [name for name in absent if strict or name.startswith(network)]
     problems += [name for name in report["unexpected_keys"] if name.startswith(network)]
     if problems:
         raise RewardError(
             f"the weights in {folder} do not fit {type(classifier).__name__}: {len(problems)} are missing, misshapen "
             f"or unexpected, the first being {problems[0]}; download them again"
         )
-    return classifier
+    if _has_score(classifier):
+        classifier.score.to(head_dtype)
+    if new_head:
+        return classifier, False
+    foreign = [name for name in report["unexpected_keys"] if FOREIGN_HEAD.match(name.partition(".")[0])] + misshapen
+    own_name = f"{config.to_dict().get('value_head_prefix') or 'value_head'}.weight"  # OpenRLHF's, of the same layer
+    renamed = not strict and foreign == [own_name]
+    read = _read_head(classifier, folder, own_name if renamed else "score.weight")
+    if foreign and not strict and not (renamed and read):
+        raise RewardError(
+            f"{folder} has a head of its own that does not fit {type(classifier).__name__}: {foreign[0]}; "
+            "where a new one shall be trained instead, say so (new_head: true)"
+        )
+    return classifier, strict or renamed or not absent
 
 
-def _new_head(classifier: Any, seed: int) -> None:
+def _has_score(classifier: Any) -> bool:
+    """Return whether the head is a layer of its own, as in all causal classifiers."""
+    return "score" in dict(classifier.named_children())
+
+
+@torch.no_grad()
+def _read_head(classifier: Any, folder: Path, name: str) -> bool:
+    """Load a head as exactly as it is stored, not rounded to the network's precision, and tell if it is there."""
+    if not _has_score(classifier):
+        return False
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118  # it is no dictionary
+                found = weights.get_tensor(name)
+                if found.shape == classifier.score.weight.shape:
+                    classifier.score.weight.copy_(found)
+                    return True
+    return False
+
+
+def _draw_head(classifier: Any, seed: int) -> None:
     """Draw the head of a causal classifier anew; other classifiers keep what they were made with."""
-    if "score" in dict(classifier.named_children()):
+    if _has_score(classifier):
         weight = classifier.score.weight
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1)

@@ -90,6 +90,11 @@ def save_lora(network: Any, folder: Path) -> None:
     network.save_pretrained(str(folder), save_embedding_layers=False)
 
 
+def has_lora(network: Any) -> bool:
+    """Return whether LoRA was put into a classifier."""
+    return isinstance(network, PeftModel)
+
+
 def without_lora(network: Any) -> Any:
     """Return the classifier itself; the LoRA in it, if there is any, goes on computing."""
     return network.get_base_model() if isinstance(network, PeftModel) else network
