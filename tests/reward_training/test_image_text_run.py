@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import yaml
 
 from tests.data.test_image_preferences import write_lines
-from tests.invariant.runs import ROOT
+from tests.invariant.runs import ROOT, environment
 from tiltflow import cli
 from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.config import load_run_config
@@ -68,25 +70,80 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
-    changes = [{"image_0": f"images/{place}.png", "prompt": f"image {place}"} for place in (0, 2, 3, 4, 5, 6)]
-    data = write_lines(tmp_path / "data", *changes, "{broken")
-    (tmp_path / "data" / "images" / "3.png").write_text("no image")
-    sections: dict[str, Any] = {
-        "data": {"train": {"source": str(data)}, "validation": {}, "on_bad_record": "skip", "on_bad_image": "skip"},
-        "train": {"max_steps": 1, "batch_size": 8, "warmup_steps": 0},
+def bad_images(folder: Path) -> dict[str, Any]:
+    """Write twelve pairs, one broken line, two with a file that is no image and one of twice the same image.
+
+    Returns:
+        The sections of a config whose batches of two hold each pair twice, in the order of the lines.
+    """
+    places = (0, 2, 4, 5, 6, 7, 0, 2, 4, 5)
+    good = [{"image_0": f"images/{place}.png", "prompt": f"image {index}"} for index, place in enumerate(places)]
+    bad = {"image_0": "images/3.png", "prompt": "bad"}
+    lines = [*good[:2], bad, bad, *good[2:5], {"image_0": "images/1.png"}, *good[5:], "{broken"]
+    data = write_lines(folder / "data", *lines)
+    (folder / "data" / "images" / "3.png").write_text("no image")
+    return {
+        "data": {
+            "train": {"source": str(data)},
+            "validation": {"same": {"source": str(data)}},
+            "on_bad_record": "skip",
+            "on_bad_image": "skip",
+        },
+        "train": {"max_steps": 13, "batch_size": 2, "micro_batch_size": 1, "warmup_steps": 0, "shuffle": False},
     }
+
+
+LEFT_OUT = {"broken JSON": 1, "identical images": 1, "unreadable image": 2}
+
+
+def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
+    sections = bad_images(tmp_path)
     assert cli.main(["train-reward", str(write(tmp_path, **sections))]) == 0
-    (row,) = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
-    # Of seven lines one is broken, and one names a file that is no image.
-    assert (row["train/skipped"], row["train/pairs"]) == (1, 5)
+    rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
+    # Thirteen pairs are read twice in 14 steps of two, the last step of an epoch having one pair; the run has 13.
+    assert [row["train/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0, 0, 0, 2, 0, 1, 0, 0]
+    assert [row["train/pairs"] for row in rows] == [2, 0, 2, 1, 2, 2, 1, 2, 0, 2, 1, 2, 2]
+    assert rows[1]["train/loss"] is None
     described = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert described["left_out"] == {"train: bad record": 1}
+    assert described["left_out"] == {f"{name}: {why}": n for name in ("train", "same") for why, n in LEFT_OUT.items()}
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Nothing was left out" not in report
+    assert "train: unreadable image" in report
     strict = write(tmp_path, **(sections | {"output_dir": str(tmp_path / "strict")}))
     values = yaml.safe_load(strict.read_text())
     values["data"]["on_bad_image"] = "error"
     strict.write_text(yaml.safe_dump(values))
     assert cli.main(["train-reward", str(strict)]) != 0
+
+
+@pytest.mark.slow
+def test_two_processes_tell_together_what_was_left_out(tmp_path: Path) -> None:
+    config = write(tmp_path, **bad_images(tmp_path))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, *launcher, "-m", "tiltflow", "train-reward", str(config)]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
+    assert [row["train/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0, 0, 0, 2, 0, 1, 0, 0]
+    described = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert described["left_out"] == {f"{name}: {why}": n for name in ("train", "same") for why, n in LEFT_OUT.items()}
+
+
+def test_a_resumed_run_knows_what_was_left_out_before(tmp_path: Path) -> None:
+    sections = bad_images(tmp_path)
+    config = str(write(tmp_path, **sections))
+    stop = ["--max_seconds", "0.000001", "--train.workers", "0"]
+    found = []
+    for _ in range(13):
+        assert cli.main(["train-reward", config, *stop]) == 0
+        found.append(json.loads((tmp_path / "out" / "data.json").read_text())["left_out"])
+    train = [{why: count for why, count in each.items() if why.startswith("train")} for each in found]
+    unreadable = [each.get("train: unreadable image", 0) for each in train]
+    assert unreadable == [0, *([2] * 12)]  # each record once, however often it is read
+    assert [each.get("train: identical images", 0) for each in train] == [*([0] * 3), *([1] * 10)]
+    assert all(each["same: unreadable image"] == 2 for each in found)
+    assert cli.main(["train-reward", config, *stop]) == 0  # which has no step left
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["left_out"] == found[-1]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +192,7 @@ def test_the_packaged_pair_of_configs_fits_together() -> None:
     run = load_run_config("shapes_pickscore")
     assert run.rewards[0].options["model_name_or_path"] == f"{config.output_dir}/model"
     assert [reward.reward_model for reward in run.eval_rewards] == ["PickScore", "Geneval"]
-    fitting = kind.build(config.model_copy(update={"data": config.data}))
+    fitting = kind.build(config)
     assert len(fitting.validation["held_out"]) == 1000
     assert fitting.notes == {}
     drawn = config.data.validation["held_out"].drawn

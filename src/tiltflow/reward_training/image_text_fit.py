@@ -89,7 +89,8 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
     for name, pairs in validation.items():
         notes.update({f"{name}: {reason}": count for reason, count in pairs.notes.items()})
     captions = list(dict.fromkeys(prompt for pairs in (train, *validation.values()) for prompt in pairs.prompts))
-    return Fitting(build_model(model, captions, seed=seed), train, validation, notes)
+    found = {name: pairs.found for name, pairs in {**validation, "train": train}.items()}
+    return Fitting(build_model(model, captions, seed=seed), train, validation, notes, found)
 
 
 def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int) -> CLIPRewardModel:
