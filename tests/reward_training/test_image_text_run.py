@@ -13,12 +13,20 @@ import yaml
 
 from tests.data.test_image_preferences import write_lines
 from tests.invariant.runs import ROOT, environment
+from tests.scorers.tiny_clip import save_tokenizer, tiny_model, to_open_clip
 from tiltflow import cli
 from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.config import load_run_config
 from tiltflow.demo.preferences import DrawnPreferences
-from tiltflow.errors import ConfigError
-from tiltflow.reward_training.image_text_fit import ImageTextRunConfig
+from tiltflow.errors import ConfigError, DataError
+from tiltflow.reward_training.base import Fitting
+from tiltflow.reward_training.image_text_fit import (
+    ImageTextDataConfig,
+    ImageTextModelConfig,
+    ImageTextRunConfig,
+    build_image_text,
+    build_model,
+)
 from tiltflow.rewards import build_reward
 from tiltflow.runtime.tracking import read_jsonl
 
@@ -93,6 +101,7 @@ def bad_images(folder: Path) -> dict[str, Any]:
     }
 
 
+SETS = ("train", "validation same")
 LEFT_OUT = {"broken JSON": 1, "identical images": 1, "unreadable image": 2}
 
 
@@ -105,7 +114,7 @@ def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
     assert [row["train/pairs"] for row in rows] == [2, 0, 2, 1, 2, 2, 1, 2, 0, 2, 1, 2, 2]
     assert rows[1]["train/loss"] is None
     described = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert described["left_out"] == {f"{name}: {why}": n for name in ("train", "same") for why, n in LEFT_OUT.items()}
+    assert described["left_out"] == {f"{name}: {why}": n for name in SETS for why, n in LEFT_OUT.items()}
     report = (tmp_path / "out" / "report.html").read_text()
     assert "Nothing was left out" not in report
     assert "train: unreadable image" in report
@@ -126,7 +135,7 @@ def test_two_processes_tell_together_what_was_left_out(tmp_path: Path) -> None:
     rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
     assert [row["train/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0, 0, 0, 2, 0, 1, 0, 0]
     described = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert described["left_out"] == {f"{name}: {why}": n for name in ("train", "same") for why, n in LEFT_OUT.items()}
+    assert described["left_out"] == {f"{name}: {why}": n for name in SETS for why, n in LEFT_OUT.items()}
 
 
 def test_a_resumed_run_knows_what_was_left_out_before(tmp_path: Path) -> None:
@@ -141,9 +150,78 @@ def test_a_resumed_run_knows_what_was_left_out_before(tmp_path: Path) -> None:
     unreadable = [each.get("train: unreadable image", 0) for each in train]
     assert unreadable == [0, *([2] * 12)]  # each record once, however often it is read
     assert [each.get("train: identical images", 0) for each in train] == [*([0] * 3), *([1] * 10)]
-    assert all(each["same: unreadable image"] == 2 for each in found)
+    assert all(each["validation same: unreadable image"] == 2 for each in found)
     assert cli.main(["train-reward", config, *stop]) == 0  # which has no step left
     assert json.loads((tmp_path / "out" / "data.json").read_text())["left_out"] == found[-1]
+
+
+def test_a_set_may_have_filters_of_its_own(tmp_path: Path) -> None:
+    tie = {"label_0": 0.5, "label_1": 0.5}
+    source = {"source": str(write_lines(tmp_path, {}, {}, tie, {"prompt": "a dog"}))}
+    values = {
+        "train": source,
+        "validation": {
+            "same": source,
+            "ties": {**source, "filter_ties": False, "weight_by_prompt": False},
+            "all": {**source, "filter_ties": False, "pairs_per_prompt": "all"},
+            "one": {**source, "pairs_per_prompt": 1},
+        },
+        "filter_ties": True,
+        "weight_by_prompt": True,
+        "pairs_per_prompt": 2,
+    }
+    data = ImageTextDataConfig.model_validate(values)
+    again = ImageTextDataConfig.model_validate(data.model_dump())  # as a run's folder keeps it
+    for each in (data, again):
+        model = ImageTextModelConfig.model_validate({"from_scratch": SMALL})
+        fitting = build_image_text(model, each, seed=0)
+        sets = {"train": fitting.train, **fitting.validation}
+        assert {name: len(pairs) for name, pairs in sets.items()} == {
+            "train": 3,
+            "same": 3,
+            "ties": 3,
+            "all": 4,
+            "one": 2,
+        }
+        weights = {name: pairs.batch([0], [1.0])["weight"].item() for name, pairs in sets.items()}
+        assert weights == pytest.approx({"train": 0.5, "same": 0.5, "ties": 1, "all": 1 / 3, "one": 1})
+
+
+def test_captions_that_are_too_long_are_counted(tmp_path: Path) -> None:
+    long = " ".join(["a photo of a cat"] * 5)
+    path = write_lines(tmp_path, {}, {"prompt": long}, {"prompt": long}, {"prompt": "a dog"})
+    model = ImageTextModelConfig.model_validate({"from_scratch": {**SMALL, "text_tokens": 16}})
+
+    def fitting(**options: Any) -> Fitting:
+        data = {"train": {"source": str(path)}, "validation": {"same": {"source": str(path)}}, **options}
+        return build_image_text(model, ImageTextDataConfig.model_validate(data), seed=0)
+
+    cut = fitting()
+    assert (len(cut.train), len(cut.validation["same"])) == (4, 4)
+    told = "longer than 16 tokens, truncated"
+    assert cut.left_out() == {f"train: {told}": 2, f"validation same: {told}": 2}
+    filtered = fitting(over_length="filter")
+    assert (len(filtered.train), len(filtered.validation["same"])) == (2, 2)
+    assert filtered.train.batch([0, 1], [1, 1])["prompt"] == ["a cat", "a dog"]
+    assert filtered.left_out()["train: longer than 16 tokens, left out"] == 2
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: 27 tokens are more than the 16 that the model reads"):
+        fitting(over_length="error")
+    short = write_lines(tmp_path, {"prompt": " ".join(["cat"] * 14)})  # with both ends 16 tokens, not one too many
+    assert fitting(train={"source": str(short)}, validation={}, over_length="error").left_out() == {}
+
+
+def test_a_run_starts_from_a_file_of_open_clip(tmp_path: Path) -> None:
+    network, words = tiny_model(), save_tokenizer(tmp_path / "words")
+    torch.save({"state_dict": to_open_clip(network)}, tmp_path / "HPS.pt")
+    values = {"pretrained": str(tmp_path / "HPS.pt"), "hidden_act": "gelu", "tokenizer": str(words)}
+    model = build_model(ImageTextModelConfig.model_validate(values), [], seed=0)
+    weight = model.model.backbone.model.visual_projection.weight
+    torch.testing.assert_close(weight, network.visual_projection.weight.detach())
+    assert weight.requires_grad
+    with pytest.raises(ValueError, match="does not say its hidden_act; set it"):
+        ImageTextModelConfig.model_validate({"pretrained": values["pretrained"]})
+    with pytest.raises(ValueError, match="belongs to pretrained, a file of open_clip"):
+        ImageTextModelConfig.model_validate({"from_scratch": {}, "hidden_act": "gelu"})
 
 
 @pytest.mark.parametrize(
@@ -156,6 +234,8 @@ def test_a_resumed_run_knows_what_was_left_out_before(tmp_path: Path) -> None:
         ("data.on_bad_image", "ignore", "on_bad_image"),
         ("model.in_batch_negatives", "2", "in_batch_negatives"),
         ("data.train", "{drawn: {label_noise: 0.6}}", "label_noise"),
+        ("data.train", "{drawn: {}, columns: {prompt: text}}", "belongs to a source"),
+        ("data.over_length", "cut", "over_length"),
     ],
 )
 def test_wrong_configs_are_told(key: str, value: str, message: str, tmp_path: Path) -> None:

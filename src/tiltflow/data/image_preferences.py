@@ -27,6 +27,7 @@ class PairFilter(Config):
     # A pair counts 1/n, n being its num_example_per_prompt or, without that column, the pairs used with its prompt.
     weight_by_prompt: bool = False
     pairs_per_prompt: int | None = Field(default=None, ge=1)  # leave out a prompt's further pairs
+    over_length: OverLength = "truncate"  # what is done with pairs whose prompts have more tokens than the model reads
     on_bad_record: OnBad = "error"  # broken or incomplete, a label outside [0, 1], a preferred image equal to the other
     on_bad_image: OnBad = "error"  # that is missing or does not decode; found when it is needed
 
@@ -75,13 +76,12 @@ class ImagePreferences:
         rows = [self._read(place, weight) for place, weight in zip(places, weights, strict=True)]
         return collate(rows)
 
-    def check_captions(self, longest: int, lengths: Sequence[int], over_length: OverLength) -> None:
-        """Count the pairs whose prompts are too long for a model, and leave them out if they are not to be cut.
+    def check_captions(self, longest: int, lengths: Sequence[int]) -> None:
+        """Count the pairs whose prompts are too long for a model, and do with them what `over_length` says.
 
         Args:
             longest: Tokens that the model reads.
             lengths: Tokens of each of `prompts`.
-            over_length: What is done with a pair whose prompt is longer.
 
         Raises:
             DataError: There is one, and that is an error; or nothing is left.
@@ -89,7 +89,7 @@ class ImagePreferences:
         long = {prompt: tokens for prompt, tokens in zip(self.prompts, lengths, strict=True) if tokens > longest}
         if not long:
             return
-        prompts = self._source.prompts
+        prompts, over_length = self._source.prompts, self._rules.over_length
         kept = [place for place in self._places if prompts[place] not in long]
         if over_length == "error":
             place = next(place for place in self._places if prompts[place] in long)

@@ -133,8 +133,8 @@ class Fitting:
     train: Examples
     validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
-    # What is only found when examples are read: set (`train`, or its name) -> record -> why it is left out. `batch`
-    # adds to it; the trainer brings together what several processes find, and keeps it in checkpoints.
+    # What is only found when examples are read: set (`train`, `validation NAME`) -> record -> why it is left out.
+    # `batch` adds to it; the trainer brings together what several processes find, and keeps it in checkpoints.
     found: Mapping[str, dict[int, str]] = field(default_factory=dict[str, dict[int, str]])
 
     def left_out(self) -> dict[str, int]:

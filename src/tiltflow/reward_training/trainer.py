@@ -98,7 +98,9 @@ class RewardTrainer:
         for name, examples in self.validation.items():
             prefix = "validation" if len(self.validation) == 1 else f"validation_{name}"
             status(prefix)
-            self.found.get(name, {}).clear()  # found again, or something else, if the set is another since a resume
+            self.found.get(
+                f"validation {name}", {}
+            ).clear()  # found again, or something else, if the set is another since a resume
             self.model.prepare_for_validation_step()
             with torch.no_grad():
                 found = self.model.metrics(self._measure(examples))
