@@ -1,5 +1,6 @@
 """Where records lie: splits of folders, what `datasets` leaves beside its files, numbers of rows, and the hub."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def test_rows_are_counted_from_one_in_each_file(tmp_path: Path) -> None:
         f"{folder / '2.parquet'}, row 1",
     ]
     assert [pairs.images(place)[0] for place in range(3)] == [row["jpg_0"] for row in rows]
+
+
+def test_a_set_is_opened_without_a_look_at_each_row(tmp_path: Path) -> None:
+    rows = 100_000
+    labels = [float(place % 2) for place in range(rows)]
+    columns = {
+        "label_0": labels,
+        "label_1": [1 - label for label in labels],
+        "caption": ["a cat", "a dog"] * (rows // 2),
+    }
+    table = pyarrow.table({"jpg_0": [b"a"] * rows, "jpg_1": [b"b"] * rows, **columns})
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    before = time.process_time()
+    assert len(read_preferences(str(tmp_path / "a.arrow"), PairFilter(weight_by_prompt=True))) == rows
+    assert time.process_time() - before < 1.5  # 0.3 s; reading row by row took 4
 
 
 def test_pairs_of_the_hub_are_asked_for_as_texts_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
     train = _read(data.train, data)
     validation = {name: _read(pairs, data) for name, pairs in data.validation.items()}
     sets = {"train": train, **{f"validation {name}": pairs for name, pairs in validation.items()}}
-    captions = list(dict.fromkeys(prompt for pairs in sets.values() for prompt in pairs.prompts))
+    captions = list(dict.fromkeys(train.prompts))  # no others: a run may go on with another validation set
     built = build_model(model, captions, seed=seed)
     for pairs in sets.values():
         pairs.check_captions(built.caption_tokens, built.caption_lengths(pairs.prompts))
