@@ -222,10 +222,11 @@ UNREADABLE = [
     (b'{"chosen": "\xff", "rejected": "no"}', "'utf-8' codec can't decode byte 0xff"),
     (b'{"chosen": "yes", "rejected": "no", "margin": ' + b"9" * 5000 + b"}", "integer"),
     (b'{"chosen": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+    (rb'{"chosen": "cut \ud83d", "rejected": "no"}', "surrogates not allowed"),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), UNREADABLE, ids=["no UTF-8", "digits", "depth"])
+@pytest.mark.parametrize(("line", "message"), UNREADABLE, ids=["no UTF-8", "digits", "depth", "half a character"])
 def test_a_line_that_no_reader_can_read_is_one_bad_record(tmp_path, line, message):
     good = json.dumps(GOOD).encode()
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + line + b"\n" + good)

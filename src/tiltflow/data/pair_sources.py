@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiltflow.data.parts import ABSENT, Part
 from tiltflow.data.records import BadRecord, check_columns, short
-from tiltflow.data.sources import ABSENT, Part, open_source
+from tiltflow.data.sources import open_source
 from tiltflow.errors import DataError
 
 Stored = bytes | Path | Tensor  # the content of an image file, the file, or pixels: uint8 [H, W, 3]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from tiltflow.data.parts import Record
 from tiltflow.data.records import BadRecord, LeftOut, number_field, read_records, text_field
-from tiltflow.data.sources import Record
 
 Layout = Literal["auto", "pairs", "adjacent"]
 MARGINS = (-1e6, 1e6)  # what a margin may be

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
-from tiltflow.data.sources import Parts, Record, open_source
+from tiltflow.data.parts import Parts, Record
+from tiltflow.data.sources import open_source
 from tiltflow.errors import DataError
 
 OnBad = Literal["error", "skip"]
