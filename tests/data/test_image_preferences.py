@@ -123,14 +123,14 @@ def test_lines_of_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "no .arrow, .parquet, .jsonl file there"),
-        ("empty", "no .arrow, .parquet, .jsonl file there"),
-        ("empty.jsonl", "write at least one pair"),
+        ("nothing", "no such file or folder"),
+        ("empty", "the folder has no file that ends in .jsonl, .parquet, .arrow"),
+        ("empty.jsonl", "is empty: it holds no record"),
         ("mixed", "mixed; name one kind"),
         ("broken.parquet", "cannot be read"),
         ("broken.arrow", "cannot be read"),
-        ("columns.parquet", "no column jpg_1, label_1; it has"),
-        ("rows.parquet", "the set is empty"),
+        ("columns.parquet", "no column image_1 or jpg_1, label_1; it has"),
+        ("rows.parquet", "is empty: it holds no record"),
     ],
 )
 def test_sources_that_are_none(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_sources_that_are_none(name: str, message: str, tmp_path: Path, monkeypa
 
 def test_a_hub_set_that_is_out_of_reach() -> None:
     pytest.importorskip("datasets", reason="datasets, the extra 'datasets', is not installed")
-    with pytest.raises(DataError, match="no such file, and the hub does not give such a set"):
+    with pytest.raises(DataError, match="no such file or folder, and no data set of the hub that can be loaded"):
         read_preferences("nobody/nothing_of_the_kind", PairFilter())
 
 
@@ -165,17 +165,22 @@ def test_the_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 # --- bad records ------------------------------------------------------------------------------------------------------
 
+OUT = "label out of range"
 BAD_LINES = [
-    ("{not json", "line 2: not valid JSON", "bad record"),
-    ("[1]", r"line 2: needs an object; got '\[1\]'", "bad record"),
-    ('{"image_0": "images/0.png"}', "line 2: has no image_1, label_0, label_1, prompt", "bad record"),
-    ({"image_1": 3}, "line 2: image_1=3 must be the path of an image", "bad record"),
-    ({"prompt": " "}, "line 2: the prompt ' ' must be a text", "bad record"),
-    ({"prompt": None}, "line 2: the prompt None must be a text", "bad record"),
-    ({"label_0": 1.5, "label_1": -0.5}, r"line 2: label_0=1.5 and label_1=-0.5 must lie in \[0, 1\]", "bad label"),
-    ({"label_0": 1, "label_1": 1}, "line 2: label_0=1.0 and label_1=1.0 must .* add up to 1", "bad label"),
-    ({"label_0": "1"}, "line 2: label_0=nan", "bad label"),
-    ({"label_0": True}, "line 2: label_0=nan", "bad label"),
+    ("{not json", "line 2: broken JSON: not valid JSON", "broken JSON"),
+    ("[1]", r"line 2: broken JSON: .* an object is needed, not '\[1\]'", "broken JSON"),
+    ('{"image_0": "images/0.png"}', "line 2: missing key: no image_1, label_0, label_1, prompt", "missing key"),
+    ({"image_1": 3}, "line 2: no path: image_1 is 3; it must be the path", "no path"),
+    ({"prompt": " "}, "line 2: no text: the prompt must be a text that is not empty; it is ' '", "no text"),
+    ({"prompt": None}, "line 2: no text: the prompt must .* it is None", "no text"),
+    (
+        {"label_0": 1.5, "label_1": -0.5},
+        r"line 2: label out of range: label_0 is 1.5 and label_1 is -0.5; they must lie in \[0, 1\]",
+        OUT,
+    ),
+    ({"label_0": 1, "label_1": 1}, "line 2: label out of range: label_0 is 1 and label_1 is 1; .* add up to 1", OUT),
+    ({"label_0": "1"}, "line 2: no number: label_0 is '1'; it must be a number", "no number"),
+    ({"label_0": True}, "line 2: no number: label_0 is True", "no number"),
 ]
 
 
@@ -184,18 +189,16 @@ def test_a_bad_record_is_an_error_or_counted(line: Any, message: str, name: str,
     path = write_lines(tmp_path, {}, line, {"image_0": "images/4.png"})
     with pytest.raises(DataError, match=message) as caught:
         read_preferences(str(path), PairFilter())
-    assert "set on_bad_record: skip" in str(caught.value)
+    assert "on_bad_record: skip" in str(caught.value)
     assert str(path) in str(caught.value)
     pairs = read_preferences(str(path), SKIP)
     assert (len(pairs), pairs.notes) == (2, {name: 1})
     assert torch.equal(pairs.batch([1], [1])["img_0"][0], torch.from_numpy(pixels(4)))
 
 
-def test_many_bad_records_are_told_in_short(tmp_path: Path) -> None:
+def test_a_set_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path, *(["{"] * 5))
-    with pytest.raises(DataError, match="and 2 more"):
-        read_preferences(str(path), PairFilter())
-    with pytest.raises(DataError, match=r"none of 5 is left \(5 bad record\)"):
+    with pytest.raises(DataError, match=r"none of 5 is left \(5 broken JSON\)"):
         read_preferences(str(path), SKIP)
 
 
@@ -244,7 +247,7 @@ def test_a_bad_image_is_an_error_or_weighs_nothing(damage: str, tmp_path: Path) 
     assert batch["skipped"].tolist() == [0, 1, 0]
     assert torch.equal(batch["img_0"][0], torch.from_numpy(pixels(0)))
     assert torch.equal(batch["img_0"][2], torch.from_numpy(pixels(4)))
-    assert pairs.notes == {"unreadable image": 1}
+    assert pairs.found == {1: "unreadable image"}
 
 
 def test_a_preferred_image_that_is_the_other_one(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_a_preferred_image_that_is_the_other_one(tmp_path: Path) -> None:
         read_preferences(str(path), PairFilter(on_bad_image="skip")).batch([0, 1, 2], [1, 1, 1])
     pairs = read_preferences(str(path), SKIP)
     assert pairs.batch([0, 1, 2], [1, 1, 1])["weight"].tolist() == [1, 0, 1]
-    assert pairs.notes == {"identical images": 1}
+    assert pairs.found == {1: "identical images"}
 
 
 def test_rows_that_fill_up_a_batch_are_not_read(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_rows_that_fill_up_a_batch_are_not_read(tmp_path: Path) -> None:
     pairs = read_preferences(str(path), PairFilter())
     batch = pairs.batch([0, 1], [1, 0])
     assert (batch["weight"].tolist(), batch["skipped"].tolist()) == ([1, 0], [0, 0])
-    assert pairs.notes == {}
+    assert (pairs.notes, pairs.found) == ({}, {})
 
 
 def test_images_of_other_modes_become_rgb(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,21 @@ import torch
 import yaml
 
 from tests.data.test_image_preferences import write_lines
-from tests.invariant.runs import ROOT
+from tests.invariant.runs import ROOT, environment
+from tests.scorers.tiny_clip import save_tokenizer, tiny_model, to_open_clip
 from tiltflow import cli
 from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.config import load_run_config
 from tiltflow.demo.preferences import DrawnPreferences
-from tiltflow.errors import ConfigError
-from tiltflow.reward_training.image_text_fit import ImageTextRunConfig
+from tiltflow.errors import ConfigError, DataError
+from tiltflow.reward_training.base import Fitting
+from tiltflow.reward_training.image_text_fit import (
+    ImageTextDataConfig,
+    ImageTextModelConfig,
+    ImageTextRunConfig,
+    build_image_text,
+    build_model,
+)
 from tiltflow.rewards import build_reward
 from tiltflow.runtime.tracking import read_jsonl
 
@@ -68,25 +78,150 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
-    changes = [{"image_0": f"images/{place}.png", "prompt": f"image {place}"} for place in (0, 2, 3, 4, 5, 6)]
-    data = write_lines(tmp_path / "data", *changes, "{broken")
-    (tmp_path / "data" / "images" / "3.png").write_text("no image")
-    sections: dict[str, Any] = {
-        "data": {"train": {"source": str(data)}, "validation": {}, "on_bad_record": "skip", "on_bad_image": "skip"},
-        "train": {"max_steps": 1, "batch_size": 8, "warmup_steps": 0},
+def bad_images(folder: Path) -> dict[str, Any]:
+    """Write twelve pairs, one broken line, two with a file that is no image and one of twice the same image.
+
+    Returns:
+        The sections of a config whose batches of two hold each pair twice, in the order of the lines.
+    """
+    places = (0, 2, 4, 5, 6, 7, 0, 2, 4, 5)
+    good = [{"image_0": f"images/{place}.png", "prompt": f"image {index}"} for index, place in enumerate(places)]
+    bad = {"image_0": "images/3.png", "prompt": "bad"}
+    lines = [*good[:2], bad, bad, *good[2:5], {"image_0": "images/1.png"}, *good[5:], "{broken"]
+    data = write_lines(folder / "data", *lines)
+    (folder / "data" / "images" / "3.png").write_text("no image")
+    return {
+        "data": {
+            "train": {"source": str(data)},
+            "validation": {"same": {"source": str(data)}},
+            "on_bad_record": "skip",
+            "on_bad_image": "skip",
+        },
+        "train": {"max_steps": 13, "batch_size": 2, "micro_batch_size": 1, "warmup_steps": 0, "shuffle": False},
     }
+
+
+SETS = ("train", "validation same")
+LEFT_OUT = {"broken JSON": 1, "identical images": 1, "unreadable image": 2}
+
+
+def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
+    sections = bad_images(tmp_path)
     assert cli.main(["train-reward", str(write(tmp_path, **sections))]) == 0
-    (row,) = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
-    # Of seven lines one is broken, and one names a file that is no image.
-    assert (row["train/skipped"], row["train/pairs"]) == (1, 5)
+    rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
+    # Thirteen pairs are read twice in 14 steps of two, the last step of an epoch having one pair; the run has 13.
+    assert [row["train/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0, 0, 0, 2, 0, 1, 0, 0]
+    assert [row["train/pairs"] for row in rows] == [2, 0, 2, 1, 2, 2, 1, 2, 0, 2, 1, 2, 2]
+    assert rows[1]["train/loss"] is None
     described = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert described["left_out"] == {"train: bad record": 1}
+    assert described["left_out"] == {f"{name}: {why}": n for name in SETS for why, n in LEFT_OUT.items()}
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Nothing was left out" not in report
+    assert "train: unreadable image" in report
     strict = write(tmp_path, **(sections | {"output_dir": str(tmp_path / "strict")}))
     values = yaml.safe_load(strict.read_text())
     values["data"]["on_bad_image"] = "error"
     strict.write_text(yaml.safe_dump(values))
     assert cli.main(["train-reward", str(strict)]) != 0
+
+
+@pytest.mark.slow
+def test_two_processes_tell_together_what_was_left_out(tmp_path: Path) -> None:
+    config = write(tmp_path, **bad_images(tmp_path))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, *launcher, "-m", "tiltflow", "train-reward", str(config)]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
+    assert [row["train/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0, 0, 0, 2, 0, 1, 0, 0]
+    described = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert described["left_out"] == {f"{name}: {why}": n for name in SETS for why, n in LEFT_OUT.items()}
+
+
+def test_a_resumed_run_knows_what_was_left_out_before(tmp_path: Path) -> None:
+    sections = bad_images(tmp_path)
+    config = str(write(tmp_path, **sections))
+    stop = ["--max_seconds", "0.000001", "--train.workers", "0"]
+    found = []
+    for _ in range(13):
+        assert cli.main(["train-reward", config, *stop]) == 0
+        found.append(json.loads((tmp_path / "out" / "data.json").read_text())["left_out"])
+    train = [{why: count for why, count in each.items() if why.startswith("train")} for each in found]
+    unreadable = [each.get("train: unreadable image", 0) for each in train]
+    assert unreadable == [0, *([2] * 12)]  # each record once, however often it is read
+    assert [each.get("train: identical images", 0) for each in train] == [*([0] * 3), *([1] * 10)]
+    assert all(each["validation same: unreadable image"] == 2 for each in found)
+    assert cli.main(["train-reward", config, *stop]) == 0  # which has no step left
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["left_out"] == found[-1]
+
+
+def test_a_set_may_have_filters_of_its_own(tmp_path: Path) -> None:
+    tie = {"label_0": 0.5, "label_1": 0.5}
+    source = {"source": str(write_lines(tmp_path, {}, {}, tie, {"prompt": "a dog"}))}
+    values = {
+        "train": source,
+        "validation": {
+            "same": source,
+            "ties": {**source, "filter_ties": False, "weight_by_prompt": False},
+            "all": {**source, "filter_ties": False, "pairs_per_prompt": "all"},
+            "one": {**source, "pairs_per_prompt": 1},
+        },
+        "filter_ties": True,
+        "weight_by_prompt": True,
+        "pairs_per_prompt": 2,
+    }
+    data = ImageTextDataConfig.model_validate(values)
+    again = ImageTextDataConfig.model_validate(data.model_dump())  # as a run's folder keeps it
+    for each in (data, again):
+        model = ImageTextModelConfig.model_validate({"from_scratch": SMALL})
+        fitting = build_image_text(model, each, seed=0)
+        sets = {"train": fitting.train, **fitting.validation}
+        assert {name: len(pairs) for name, pairs in sets.items()} == {
+            "train": 3,
+            "same": 3,
+            "ties": 3,
+            "all": 4,
+            "one": 2,
+        }
+        weights = {name: pairs.batch([0], [1.0])["weight"].item() for name, pairs in sets.items()}
+        assert weights == pytest.approx({"train": 0.5, "same": 0.5, "ties": 1, "all": 1 / 3, "one": 1})
+
+
+def test_captions_that_are_too_long_are_counted(tmp_path: Path) -> None:
+    long = " ".join(["a photo of a cat"] * 5)
+    path = write_lines(tmp_path, {}, {"prompt": long}, {"prompt": long}, {"prompt": "a dog"})
+    model = ImageTextModelConfig.model_validate({"from_scratch": {**SMALL, "text_tokens": 16}})
+
+    def fitting(**options: Any) -> Fitting:
+        data = {"train": {"source": str(path)}, "validation": {"same": {"source": str(path)}}, **options}
+        return build_image_text(model, ImageTextDataConfig.model_validate(data), seed=0)
+
+    cut = fitting()
+    assert (len(cut.train), len(cut.validation["same"])) == (4, 4)
+    told = "longer than 16 tokens, truncated"
+    assert cut.left_out() == {f"train: {told}": 2, f"validation same: {told}": 2}
+    filtered = fitting(over_length="filter")
+    assert (len(filtered.train), len(filtered.validation["same"])) == (2, 2)
+    assert filtered.train.batch([0, 1], [1, 1])["prompt"] == ["a cat", "a dog"]
+    assert filtered.left_out()["train: longer than 16 tokens, left out"] == 2
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: 27 tokens are more than the 16 that the model reads"):
+        fitting(over_length="error")
+    short = write_lines(tmp_path, {"prompt": " ".join(["cat"] * 14)})  # with both ends 16 tokens, not one too many
+    assert fitting(train={"source": str(short)}, validation={}, over_length="error").left_out() == {}
+
+
+def test_a_run_starts_from_a_file_of_open_clip(tmp_path: Path) -> None:
+    network, words = tiny_model(), save_tokenizer(tmp_path / "words")
+    torch.save({"state_dict": to_open_clip(network)}, tmp_path / "HPS.pt")
+    values = {"pretrained": str(tmp_path / "HPS.pt"), "hidden_act": "gelu", "tokenizer": str(words)}
+    model = build_model(ImageTextModelConfig.model_validate(values), [], seed=0)
+    weight = model.model.backbone.model.visual_projection.weight
+    torch.testing.assert_close(weight, network.visual_projection.weight.detach())
+    assert weight.requires_grad
+    with pytest.raises(ValueError, match="does not say its hidden_act; set it"):
+        ImageTextModelConfig.model_validate({"pretrained": values["pretrained"]})
+    with pytest.raises(ValueError, match="belongs to pretrained, a file of open_clip"):
+        ImageTextModelConfig.model_validate({"from_scratch": {}, "hidden_act": "gelu"})
 
 
 @pytest.mark.parametrize(
@@ -99,6 +234,8 @@ def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
         ("data.on_bad_image", "ignore", "on_bad_image"),
         ("model.in_batch_negatives", "2", "in_batch_negatives"),
         ("data.train", "{drawn: {label_noise: 0.6}}", "label_noise"),
+        ("data.train", "{drawn: {}, columns: {prompt: text}}", "belongs to a source"),
+        ("data.over_length", "cut", "over_length"),
     ],
 )
 def test_wrong_configs_are_told(key: str, value: str, message: str, tmp_path: Path) -> None:
@@ -135,7 +272,7 @@ def test_the_packaged_pair_of_configs_fits_together() -> None:
     run = load_run_config("shapes_pickscore")
     assert run.rewards[0].options["model_name_or_path"] == f"{config.output_dir}/model"
     assert [reward.reward_model for reward in run.eval_rewards] == ["PickScore", "Geneval"]
-    fitting = kind.build(config.model_copy(update={"data": config.data}))
+    fitting = kind.build(config)
     assert len(fitting.validation["held_out"]) == 1000
     assert fitting.notes == {}
     drawn = config.data.validation["held_out"].drawn

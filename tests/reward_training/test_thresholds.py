@@ -84,6 +84,24 @@ def test_wrong_shapes_are_told(shape: tuple[int, ...]) -> None:
         tie_scores(np.zeros(shape), np.zeros(shape), 0.1)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_are_no_scores(value: float) -> None:
+    labels, probs = [[1, 0], [1, 0], [0.5, 0.5]], [[0.9, 0.1], [value, 0.1], [0.5, 0.5]]
+    with pytest.raises(
+        DataError, match=r"rewards_0\[1\] is (nan|-?inf), as at 1 more places: rewards and labels must be"
+    ):
+        probabilities([1.0, value, value], [0.0, 0.0, 0.0])
+    with pytest.raises(DataError, match=r"rewards_1\[2\] is"):
+        preference_accuracy([1.0, 1.0, 1.0], [0.0, 0.0, value], labels)
+    with pytest.raises(DataError, match=r"probs\[1\] is \[ *(nan|-?inf)"):
+        threshold_accuracies(probs, labels)
+    with pytest.raises(DataError, match=r"probs\[1\] is"):
+        evaluate_with_ties([[0.9, 0.1]] * 3, labels, probs, labels)
+    for call in (lambda: random_baseline(probs), lambda: tie_scores([[0.9, 0.1]] * 3, probs, 0.1)):
+        with pytest.raises(DataError, match=r"labels\[1\] is"):
+            call()
+
+
 def test_rewards_of_a_whole_set(tmp_path) -> None:
     path = write_lines(tmp_path, {}, {"image_0": "images/gone.png"}, {"image_0": "images/2.png"}, {"prompt": "a dog"})
     pairs, model = read_preferences(str(path), SKIP), tiny_model()

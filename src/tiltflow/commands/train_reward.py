@@ -114,20 +114,24 @@ class _RewardRun:
             print(f"resuming {self.folder} after step {self.trainer.step}", file=sys.stderr)
         return checkpoint is not None
 
+    def _write_data(self) -> None:
+        """Write for the report how much data there is and what has been left out so far."""
+        content = {
+            "total_steps": self.trainer.total_steps,
+            "train": len(self.fitting.train),
+            "validation": {name: len(examples) for name, examples in self.fitting.validation.items()},
+            "left_out": self.fitting.left_out(),
+        }
+        write_atomically(self.folder / DATA_FILE, json.dumps(content, indent=1))
+
     def _describe_data(self) -> None:
         """Tell how much data there is and what was left out, on the console and for the report."""
         if not self.distributed.is_main:
             return
-        sets = {name: len(examples) for name, examples in self.fitting.validation.items()}
-        content = {
-            "total_steps": self.trainer.total_steps,
-            "train": len(self.fitting.train),
-            "validation": sets,
-            "left_out": dict(self.fitting.notes),
-        }
-        write_atomically(self.folder / DATA_FILE, json.dumps(content, indent=1))
+        self._write_data()
         trainer = self.trainer
-        told = [f"{content['train']} training examples", *(f"{count} of {name}" for name, count in sets.items())]
+        sets = {name: len(examples) for name, examples in self.fitting.validation.items()}
+        told = [f"{len(self.fitting.train)} training examples", *(f"{count} of {name}" for name, count in sets.items())]
         told += [f"{count} left out: {why}" for why, count in self.fitting.notes.items() if count]
         steps = f"{trainer.batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all"
         print(f"{'; '.join(told)}; {steps}", file=sys.stderr)
@@ -147,6 +151,7 @@ class _RewardRun:
             with self.distributed.together():
                 if self.distributed.is_main:
                     self.store.save(step.number, partial(self.trainer.save, state=state))
+                    self._write_data()  # what has been found since; every process's, because of `state`
         if self.distributed.is_main and (due or step.validated):
             write_reward_report(self.folder)
         if step.number > 0:

@@ -1,35 +1,35 @@
 """Which of two images of a prompt people prefer: checked, filtered, weighed, and decoded batch by batch."""
 
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from tiltflow.data.images import read_pixels
 from tiltflow.data.pair_sources import PairSource, open_pairs
+from tiltflow.data.records import BadRecord, LeftOut, OnBad, OverLength, short
 from tiltflow.errors import DataError
 from tiltflow.types import Config
 
-Policy = Literal["error", "skip"]
 TIE: Final = 0.01  # labels that differ by no more are a tie
 SUM_TOLERANCE: Final = 1e-3
-TOLD: Final = 3  # bad records that a message shows
 
 
 class PairFilter(Config):
     """Which pairs of a set are used, and what becomes of bad ones."""
 
     filter_ties: bool = False  # leave out pairs whose two labels are equal
-    weight_by_prompt: bool = False  # a pair counts 1/n, where n pairs that are used have its prompt
+    # A pair counts 1/n, n being its num_example_per_prompt or, without that column, the pairs used with its prompt.
+    weight_by_prompt: bool = False
     pairs_per_prompt: int | None = Field(default=None, ge=1)  # leave out a prompt's further pairs
-    on_bad_record: Policy = (
-        "error"  # broken or incomplete, a label outside [0, 1], a preferred image equal to the other
-    )
-    on_bad_image: Policy = "error"  # that is missing or does not decode; found when it is needed
+    over_length: OverLength = "truncate"  # what is done with pairs whose prompts have more tokens than the model reads
+    on_bad_record: OnBad = "error"  # broken or incomplete, a label outside [0, 1], a preferred image equal to the other
+    on_bad_image: OnBad = "error"  # that is missing or does not decode; found when it is needed
 
 
 class ImagePreferences:
@@ -43,14 +43,11 @@ class ImagePreferences:
         """
         self._source = source
         self._rules = rules
-        self.notes: dict[str, int] = {}  # what was left out, and how often; images are counted when they are read
-        self._lock = threading.Lock()  # batches are decoded in several threads
+        self.notes: Counter[str] = Counter()  # what was left out, and how often
+        self.found: dict[int, str] = {}  # record -> why it was left out when its images were read
         self._places = self._choose()
-        if not len(self._places):
-            left_out = ", ".join(f"{count} {name}" for name, count in self.notes.items())
-            raise DataError(f"pairs {source.name!r}: none of {len(source)} is left ({left_out}); change the filters")
-        counts = Counter(source.prompts[place] for place in self._places)
-        self._weights = [1 / counts[source.prompts[place]] if rules.weight_by_prompt else 1.0 for place in self._places]
+        self._require_some()
+        self._weights = self._weigh()
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -71,7 +68,7 @@ class ImagePreferences:
         Returns:
             `img_0` and `img_1`: B tensors `[H, W, 3]`, uint8, of any sizes; `prompt`: B strings; `label`: `[B, 2]`;
             `weight`: `[B]`; `skipped`: `[B]`, 1 where an image cannot be read and `on_bad_image` is "skip". Such a pair
-            has weight 0.
+            has weight 0, and is in `found` from now on.
 
         Raises:
             DataError: An image is missing or does not decode, or the preferred image is the other one.
@@ -79,8 +76,36 @@ class ImagePreferences:
         rows = [self._read(place, weight) for place, weight in zip(places, weights, strict=True)]
         return collate(rows)
 
+    def check_captions(self, longest: int, lengths: Sequence[int]) -> None:
+        """Count the pairs whose prompts are too long for a model, and do with them what `over_length` says.
+
+        Args:
+            longest: Tokens that the model reads.
+            lengths: Tokens of each of `prompts`.
+
+        Raises:
+            DataError: There is one, and that is an error; or nothing is left.
+        """
+        long = {prompt: tokens for prompt, tokens in zip(self.prompts, lengths, strict=True) if tokens > longest}
+        if not long:
+            return
+        prompts, over_length = self._source.prompts, self._rules.over_length
+        kept = [place for place in self._places if prompts[place] not in long]
+        if over_length == "error":
+            place = next(place for place in self._places if prompts[place] in long)
+            raise DataError(
+                f"{self._source.where(place)}: {long[prompts[place]]} tokens are more than the {longest} that the "
+                "model reads; choose over_length: truncate or filter"
+            )
+        what = "truncated" if over_length == "truncate" else "left out"
+        self.notes[f"longer than {longest} tokens, {what}"] = len(self) - len(kept)
+        if over_length == "filter":
+            self._places = kept
+            self._require_some()
+            self._weights = self._weigh()
+
     def _read(self, index: int, weight: float) -> dict[str, Any]:
-        place = int(self._places[index])
+        place = self._places[index]
         label = self._source.labels[place]
         row = {
             "prompt": self._source.prompts[place],
@@ -96,58 +121,79 @@ class ImagePreferences:
                 image if isinstance(image, Tensor) else read_pixels(image, name=name) for image in (first, second)
             ]
         except DataError as error:
-            return row | self._skip("unreadable image", str(error), self._rules.on_bad_image)
+            return row | self._skip(place, "unreadable image", str(error), self._rules.on_bad_image)
         if abs(label[0] - label[1]) > TIE and torch.equal(pixels[0], pixels[1]):
             message = f"{self._source.where(place)}: the preferred image is the other one; remove the pair"
-            return row | self._skip("identical images", message, self._rules.on_bad_record)
+            return row | self._skip(place, "identical images", message, self._rules.on_bad_record)
         return row | {"img_0": pixels[0], "img_1": pixels[1], "skipped": False}
 
-    def _skip(self, name: str, message: str, policy: Policy) -> dict[str, Any]:
-        """Count a pair and return what takes its place, which counts nowhere; or raise."""
+    def _skip(self, place: int, name: str, message: str, policy: OnBad) -> dict[str, Any]:
+        """Note a pair and return what takes its place, which counts nowhere; or raise."""
         if policy == "error":
             raise DataError(f"{message}; or set on_bad_image and on_bad_record to skip")
-        with self._lock:
-            self.notes[name] = self.notes.get(name, 0) + 1
+        self.found[place] = name
         return {"weight": 0.0, **_blank(skipped=True)}
 
     def _choose(self) -> list[int]:
         """Return the places of the pairs that are used; every other one is counted in the notes."""
-        source, kept, told = self._source, [], []
+        source, rules, labels = self._source, self._rules, self._source.labels
+        unlabelled = ~source.labelled | (labels == 0).all(axis=1)
+        bad = self._problems(unlabelled)
+        left_out = LeftOut(rules.on_bad_record)
+        for place in sorted(bad):
+            left_out.bad(source.where(place), bad[place])
+        self.notes.update(left_out.counts)
+        good = np.ones(len(source), dtype=np.bool_)
+        good[list(bad)] = False
+        ties = np.abs(labels[:, 0] - labels[:, 1]) <= TIE if rules.filter_ties else np.zeros_like(good)
+        self.notes["unlabelled"] = int((good & unlabelled).sum())
+        self.notes["tie"] = int((good & ~unlabelled & ties).sum())
+        places: list[int] = np.flatnonzero(good & ~unlabelled & ~ties).tolist()
+        if rules.pairs_per_prompt is not None:
+            places = self._first_of_prompts(places, rules.pairs_per_prompt)
+        self.notes = +self.notes  # only what there is
+        return places
+
+    def _problems(self, unlabelled: NDArray[np.bool_]) -> dict[int, BadRecord]:
+        """Return what is wrong with which records; prompts and labels matter only where there is a label."""
+        source, labels = self._source, self._source.labels
+        outside = ~((labels >= 0) & (labels <= 1)).all(axis=1) | (np.abs(labels.sum(axis=1) - 1) > SUM_TOLERANCE)
+        bad: dict[int, BadRecord] = {}
+        for place, prompt in enumerate(source.prompts):
+            if not (isinstance(prompt, str) and prompt.strip()) and not unlabelled[place]:
+                bad[place] = BadRecord("no text", f"the prompt must be a text that is not empty; it is {short(prompt)}")
+        for place in np.flatnonzero(outside & ~unlabelled).tolist():
+            label_0, label_1 = labels[place]
+            detail = f"label_0 is {label_0:g} and label_1 is {label_1:g}; they must lie in [0, 1] and add up to 1"
+            bad[place] = BadRecord("label out of range", detail)
+        return bad | source.problems
+
+    def _first_of_prompts(self, places: Sequence[int], limit: int) -> list[int]:
         used: Counter[str] = Counter()
-        for place in range(len(source)):
-            reason, problem = self._judge(place)
-            if not reason:
-                prompt = source.prompts[place]
-                limit = self._rules.pairs_per_prompt
-                if limit is None or used[prompt] < limit:
-                    used[prompt] += 1
-                    kept.append(place)
-                    continue
-                reason = "over pairs_per_prompt"
-            if problem:
-                told.append(f"{source.where(place)}: {problem}")
-            self.notes[reason] = self.notes.get(reason, 0) + 1
-        if told and self._rules.on_bad_record == "error":
-            more = f"\nand {len(told) - TOLD} more" if len(told) > TOLD else ""
-            raise DataError("\n".join(told[:TOLD]) + f"{more}\nmend them, or set on_bad_record: skip to leave them out")
+        kept = []
+        for place in places:
+            prompt = self._source.prompts[place]
+            used[prompt] += 1
+            if used[prompt] <= limit:
+                kept.append(place)
+        self.notes["over pairs_per_prompt"] = len(places) - len(kept)
         return kept
 
-    def _judge(self, place: int) -> tuple[str, str]:
-        """Return under what name a pair is left out ("": it is used), and what is wrong with it ("": nothing)."""
-        source = self._source
-        label_0, label_1 = (float(label) for label in source.labels[place])
-        prompt = source.prompts[place]
-        if problem := source.problems.get(place):
-            return "bad record", problem
-        if not source.labelled[place] or label_0 == label_1 == 0:
-            return "unlabelled", ""
-        if not (0 <= label_0 <= 1 and 0 <= label_1 <= 1 and abs(label_0 + label_1 - 1) <= SUM_TOLERANCE):
-            return "bad label", f"label_0={label_0} and label_1={label_1} must lie in [0, 1] and add up to 1"
-        if not isinstance(prompt, str) or not prompt.strip():
-            return "bad record", f"the prompt {prompt!r} must be a text that is not empty"
-        if self._rules.filter_ties and abs(label_0 - label_1) <= TIE:
-            return "tie", ""
-        return "", ""
+    def _weigh(self) -> list[float]:
+        """Return what each pair counts."""
+        source, places = self._source, self._places
+        if not self._rules.weight_by_prompt:
+            return [1.0] * len(places)
+        if source.per_prompt is not None:
+            return (1 / source.per_prompt[places]).tolist()
+        counts = Counter(source.prompts[place] for place in places)
+        return [1 / counts[source.prompts[place]] for place in places]
+
+    def _require_some(self) -> None:
+        if not self._places:
+            left_out = ", ".join(f"{count} {name}" for name, count in self.notes.items())
+            source = self._source
+            raise DataError(f"pairs {source.name!r}: none of {len(source)} is left ({left_out}); change the filters")
 
 
 def read_preferences(source: str, rules: PairFilter, *, split: str | None = None) -> ImagePreferences:

@@ -1,14 +1,10 @@
-"""Where pairs of images of one prompt are read from: shards in Pick-a-Pic's columns, the hub, or lines of JSON.
+"""Pairs of images of one prompt as they are stored, in Pick-a-Pic's columns or as lines with paths.
 
-Nothing is decoded and no image is read here but those that somebody asks for.
+No image is read here but those that somebody asks for.
 """
 
-import glob
-import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -16,25 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiltflow.data.parts import ABSENT, Part
+from tiltflow.data.records import BadRecord, check_columns, short
+from tiltflow.data.sources import open_source
 from tiltflow.errors import DataError
 
 Stored = bytes | Path | Tensor  # the content of an image file, the file, or pixels: uint8 [H, W, 3]
 
-COLUMNS: Final = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")  # as Pick-a-Pic is published
-KEYS: Final = ("image_0", "image_1", "label_0", "label_1", "prompt")  # of a line of JSON
-SHARDS: Final = (".arrow", ".parquet", ".jsonl")
-_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+# What is read -> what it may be called: as in lines of JSON, or as Pick-a-Pic is published.
+NEEDED: Final[Mapping[str, Sequence[str]]] = {
+    "image_0": ("image_0", "jpg_0"),
+    "image_1": ("image_1", "jpg_1"),
+    "label_0": ("label_0",),
+    "label_1": ("label_1",),
+    "prompt": ("prompt", "caption"),
+}
+OPTIONAL: Final = ("has_label", "num_example_per_prompt")
 
 
 class PairSource(ABC):
-    """N pairs as they are stored; a value that is missing or no number is NaN."""
+    """N pairs as they are stored; a label that is missing or no number is NaN."""
 
     def __init__(self, name: str, labels: NDArray[np.float64], labelled: NDArray[np.bool_], prompts: Sequence[Any]):
         self.name = name  # of a file or a set
         self.labels = labels  # [N, 2]
         self.labelled = labelled  # [N]; False where the set says that nobody has judged the pair
         self.prompts = prompts  # N; anything but a non-empty string is a bad record
-        self.problems: Mapping[int, str] = {}  # place -> what is wrong with a record besides
+        self.problems: dict[int, BadRecord] = {}  # place -> what is wrong with a record besides
+        self.per_prompt: NDArray[np.float64] | None = None  # [N]; pairs of the whole set with its prompt, if it says so
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,203 +57,119 @@ class PairSource(ABC):
         """Return what people look for to find a pair, such as the line of a file."""
 
 
-def open_pairs(source: str, *, split: str | None = None) -> PairSource:
+def open_pairs(source: str, *, split: str | None = None, columns: Mapping[str, str] | None = None) -> PairSource:
     """Open a set of pairs.
 
     Args:
-        source: A `.jsonl`, `.parquet` or `.arrow` file, a glob pattern, a folder of shards of one of these kinds, or
-            the id of a set on the hub.
-        split: A folder of shards in `source`, or a split of the set on the hub.
+        source: As for `open_source`.
+        split: The same.
+        columns: What is read (`NEEDED`, `OPTIONAL`) -> the source's own name, where it is another one.
 
     Raises:
         DataError: There is nothing, it cannot be read, or a column is missing; says which and what to do.
     """
-    files = _files(source, split)
-    if not files:
-        if _HUB_ID.fullmatch(source) and not Path(source).exists():
-            return _StoredPairs(source, _from_hub(source, split))
-        inside = f" or in its folder {split!r}" if split else ""
-        raise DataError(
-            f"pairs {source!r}: no {', '.join(SHARDS)} file there{inside}; give a file, a glob pattern, a folder of "
-            "shards or the id of a set on the hub (owner/name)"
-        )
-    kinds = {path.suffix for path in files}
-    if len(kinds) > 1:
-        raise DataError(f"pairs {source!r}: files of the kinds {', '.join(sorted(kinds))} are mixed; name one kind")
-    if kinds == {".jsonl"}:
-        return _LinePairs(source, files)
-    return _StoredPairs(source, _from_shards(files))
+    return _StoredPairs(source, split, columns or {})
 
 
 @final
 class _StoredPairs(PairSource):
-    """Rows of Arrow tables in memory-mapped files."""
+    """Pairs of a source; paths of images are relative to their file."""
 
-    def __init__(self, name: str, rows: Any):
-        missing = [column for column in COLUMNS if column not in rows.column_names]
+    def __init__(self, source: str, split: str | None, columns: Mapping[str, str]):
+        self._names = {
+            **NEEDED,
+            **{name: (name,) for name in OPTIONAL},
+            **{name: (own,) for name, own in columns.items()},
+        }
+        self._parts = open_source(source, split=split, mapped=True)
+        check_columns(self._parts, columns, (*NEEDED, *OPTIONAL))
+        for part in self._parts.parts:
+            self._check_columns(part)
+        label_0, label_1, prompts, judged = (
+            self._parts.column(self._names[name]) for name in ("label_0", "label_1", "prompt", "has_label")
+        )
+        same: dict[Any, Any] = {}  # a prompt that many pairs have is kept once
+        super().__init__(
+            source,
+            np.array([[_number(value) for value in labels] for labels in (label_0, label_1)]).T,
+            np.array([value is ABSENT or value is None or bool(value) for value in judged]),
+            [same.setdefault(prompt, prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+        )
+        counts = np.array([_number(value) for value in self._parts.column(self._names["num_example_per_prompt"])])
+        self.per_prompt = counts if (counts >= 1).all() else None
+        for place in np.flatnonzero(np.isnan(self.labels).any(axis=1) & self.labelled):
+            self.problems[int(place)] = _no_label(label_0[place], label_1[place])
+        start = 0
+        for part in self._parts.parts:
+            if part.columns is None:
+                self._check_lines(part, start)
+            start += len(part)
+
+    def images(self, place: int) -> tuple[Stored, Stored]:
+        """Return the encoded images of a row, or the files that it names."""
+        part, index = self._parts.find(place)
+        first, second = (_stored(part, index, self._names[name]) for name in ("image_0", "image_1"))
+        return first, second
+
+    def where(self, place: int) -> str:
+        """Return the file and the line or row, counted from 1."""
+        part, index = self._parts.find(place)
+        return part.where(index)
+
+    def _check_columns(self, part: Part) -> None:
+        if part.columns is None:
+            return
+        missing = [" or ".join(self._names[name]) for name in NEEDED if not {*self._names[name]} & {*part.columns}]
         if missing:
             raise DataError(
-                f"pairs {name!r}: no column {', '.join(missing)}; it has {', '.join(rows.column_names)}, and needs "
-                f"{', '.join(COLUMNS)}"
+                f"data {part.name}: no column {', '.join(missing)}; it has {', '.join(part.columns)}; columns: "
+                "{prompt: theirs} says what else one is called"
             )
-        if not len(rows):
-            raise DataError(f"pairs {name!r}: the set is empty; give one with at least one pair")
-        self._rows = rows.select_columns(["jpg_0", "jpg_1"])
-        columns = [np.asarray([_number(value) for value in rows[column]]) for column in ("label_0", "label_1")]
-        judged = rows["has_label"] if "has_label" in rows.column_names else [True] * len(rows)
-        super().__init__(name, np.stack(columns, axis=1), np.asarray(judged, dtype=np.bool_), list(rows["caption"]))
 
-    def images(self, place: int) -> tuple[Stored, Stored]:
-        """Return the encoded images of a row."""
-        row = self._rows[place]
-        return self._encoded(row["jpg_0"], place), self._encoded(row["jpg_1"], place)
+    def _check_lines(self, part: Part, start: int) -> None:
+        """Note what is wrong with lines: they are no objects, lack a key, or have no path."""
+        for index in range(len(part)):
+            problem = self._problem(part, index)
+            if problem is not None:
+                self.problems[start + index] = problem
 
-    def where(self, place: int) -> str:
-        """Return the row, counted from 0."""
-        return f"{self.name}, row {place}"
-
-    def _encoded(self, value: Any, place: int) -> Stored:
-        if isinstance(value, Mapping):  # an image column, undecoded
-            value = value.get("bytes") or (Path(value["path"]) if value.get("path") else None)
-        if not isinstance(value, bytes | Path):
-            raise DataError(
-                f"{self.where(place)}: jpg_0 and jpg_1 must hold encoded images; got {type(value).__name__}"
-            )
-        return value
+    def _problem(self, part: Part, index: int) -> BadRecord | None:
+        if index in part.problems:
+            return BadRecord("broken JSON", part.problems[index])
+        found = {name: part.value(index, self._names[name]) for name in NEEDED}
+        missing = [name for name, value in found.items() if value is ABSENT]
+        if missing:
+            return BadRecord("missing key", f"no {', '.join(missing)}; a line needs {', '.join(NEEDED)}")
+        for name in ("image_0", "image_1"):
+            if not isinstance(found[name], str) or not found[name]:
+                text = f"{name} is {short(found[name])}; it must be the path of an image, relative to the file"
+                return BadRecord("no path", text)
+        return None
 
 
-@final
-class _LinePairs(PairSource):
-    """Lines of JSON; the paths of images are relative to their file."""
-
-    def __init__(self, name: str, files: Sequence[Path]):
-        self._places: list[tuple[Path, int]] = []
-        self._images: list[tuple[Path, Path]] = []
-        labels: list[tuple[float, float]] = []
-        judged: list[bool] = []
-        prompts: list[Any] = []
-        problems: dict[int, str] = {}
-        for path in files:
-            for number, line in _lines(path):
-                record, problem = _record(line)
-                if problem:
-                    problems[len(labels)] = problem
-                self._places.append((path, number))
-                self._images.append((path.parent / record["image_0"], path.parent / record["image_1"]))
-                labels.append((_number(record["label_0"]), _number(record["label_1"])))
-                judged.append(record.get("has_label", True) is not False)
-                prompts.append(record["prompt"])
-        if not labels:
-            raise DataError(f"pairs {name!r}: no line in {', '.join(map(str, files))}; write at least one pair")
-        super().__init__(name, np.asarray(labels), np.asarray(judged, dtype=np.bool_), prompts)
-        self.problems = problems
-
-    def images(self, place: int) -> tuple[Stored, Stored]:
-        """Return the files of a line."""
-        return self._images[place]
-
-    def where(self, place: int) -> str:
-        """Return the file and the line, counted from 1."""
-        path, number = self._places[place]
-        return f"{path}, line {number}"
+def _stored(part: Part, index: int, names: Sequence[str]) -> Stored:
+    value = part.value(index, names)
+    if isinstance(value, Mapping):  # an image column as `datasets` stores it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        return part.folder / value
+    if not isinstance(value, bytes):
+        raise DataError(
+            f"{part.where(index)}: {names[-1]} must hold encoded images or paths; got {type(value).__name__}"
+        )
+    return value
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"pairs {path} cannot be read: {error}") from error
-    # Not splitlines(): characters such as U+2028 may stand inside a JSON string.
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-
-
-def _record(line: str) -> tuple[dict[str, Any], str]:
-    """Return a line's object with all keys, and what is wrong with it or ""."""
-    empty: dict[str, Any] = {"image_0": "", "image_1": "", "label_0": None, "label_1": None, "prompt": ""}
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        return empty, f"not valid JSON: {error}"
-    if not isinstance(record, dict):
-        return empty, f"needs an object; got {line.strip()[:80]!r}"
-    if "prompt" not in record and "caption" in record:
-        record["prompt"] = record["caption"]
-    missing = [key for key in KEYS if key not in record]
-    if missing:
-        return empty | record | _texts(record), f"has no {', '.join(missing)}; it needs {', '.join(KEYS)}"
-    named = _texts(record)
-    wrong = next((key for key, value in named.items() if not value), None)
-    problem = f"{wrong}={record[wrong]!r} must be the path of an image, relative to the file" if wrong else ""
-    return record | named, problem
-
-
-def _texts(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return both paths, "" for one that is none."""
-    values = {key: record.get(key) for key in ("image_0", "image_1")}
-    return {key: value if isinstance(value, str) else "" for key, value in values.items()}
+def _no_label(*labels: Any) -> BadRecord:
+    """Return what is wrong with the labels of a pair of which one is no number."""
+    key, value = next((key, value) for key, value in enumerate(labels) if np.isnan(_number(value)))
+    return BadRecord("no number", f"label_{key} is {short(value)}; it must be a number from 0 to 1")
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
-
-
-def _files(source: str, split: str | None) -> list[Path]:
-    path = Path(source)
-    if path.is_file():
-        return [path] if path.suffix in SHARDS else []
-    if path.is_dir():
-        found = [*(path / split if split else path).glob("*")]
-    else:
-        found = [Path(name) for name in glob.glob(source, recursive=True)]
-    return sorted(file for file in found if file.suffix in SHARDS and file.is_file())
-
-
-def _datasets() -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return float("nan")
     try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"Arrow, Parquet and hub data need the package datasets, which is not installed ({error}); install it "
-            "with: pip install 'tiltflow[datasets]', or write the pairs as .jsonl"
-        ) from error
-    return datasets
-
-
-def _from_shards(files: Sequence[Path]) -> Any:
-    datasets = _datasets()
-    names = [str(file) for file in files]
-    try:
-        if files[0].suffix == ".parquet":
-            filled = [name for name in names if _rows_of_parquet(name)]  # the reader fails on a file without rows
-            rows = datasets.Dataset.from_parquet(filled) if filled else None
-        else:
-            rows = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
-    except Exception as error:  # pyarrow and datasets fail on a damaged file each in its own way
-        reason = error.__cause__ or error
-        raise DataError(f"pairs {', '.join(names[:3])} cannot be read: {reason}") from error
-    if rows is None:
-        raise DataError(f"pairs {', '.join(names[:3])}: the set is empty; give one with at least one pair")
-    return _undecoded(datasets, rows)
-
-
-def _rows_of_parquet(name: str) -> int:
-    parquet: Any = import_module("pyarrow.parquet")  # comes with datasets
-    return parquet.read_metadata(name).num_rows
-
-
-def _from_hub(name: str, split: str | None) -> Any:
-    datasets = _datasets()
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # no network, no such set, no such split: each in its own way
-        raise DataError(f"pairs {name!r}: no such file, and the hub does not give such a set: {error}") from error
-    return _undecoded(datasets, rows)
-
-
-def _undecoded(datasets: Any, rows: Any) -> Any:
-    """Return the rows with image columns left as encoded bytes."""
-    for column in ("jpg_0", "jpg_1"):
-        if column in rows.column_names and isinstance(rows.features[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
+        return float(value)
+    except OverflowError:
+        return float("inf")

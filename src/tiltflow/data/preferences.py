@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
-from tiltflow.data.records import BadRecord, LeftOut, Record, number_field, read_records, renamed, text_field
+from tiltflow.data.parts import Record
+from tiltflow.data.records import BadRecord, LeftOut, number_field, read_records, text_field
 
 Layout = Literal["auto", "pairs", "adjacent"]
 MARGINS = (-1e6, 1e6)  # what a margin may be
+NAMES = ("prompt", "chosen", "rejected", "margin", "label", "subset", "text")
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ def read_preferences(
 
     A record of layout `pairs` has `chosen` and `rejected`, each a text or a list of messages, and maybe `prompt` of the
     same kind, which is put before both; `margin`; `label`; and `subset`. A record of layout `adjacent` has `text`, and
-    two after each other, the first and second, the third and fourth, are a chosen and a rejected one.
+    two after each other in a file, the first and second, the third and fourth, are a chosen and a rejected one; a blank
+    line does not stand between them.
 
     Args:
-        source: As for `read_records`.
+        source: As for `open_source`.
         left_out: Counts records that cannot be used, or raises at the first. Of two adjacent lines both are left out.
         layout: `auto` takes `adjacent` if the first record has `text` and no `chosen`.
         columns: Expected name -> the source's own, where they differ.
@@ -50,7 +54,7 @@ def read_preferences(
     Raises:
         DataError: The source cannot be read or is empty, or as `left_out` says.
     """
-    records = [Record(r.place, renamed(r.values, columns or {}), r.problem) for r in read_records(source)]
+    records = read_records(source, names=NAMES, columns=columns)
     if layout == "auto":
         first = next((record.values for record in records if not record.problem), {})
         layout = "adjacent" if "text" in first and "chosen" not in first else "pairs"
@@ -113,8 +117,7 @@ def _after(prompt: Any, answer: Any, as_conversation: bool) -> Any:
 
 
 def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preference]:
-    for start in range(0, len(records), 2):
-        pair = records[start : start + 2]
+    for pair in _partners(records):
         place = pair[0].place
         try:
             texts = []
@@ -124,11 +127,23 @@ def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preferen
                     raise BadRecord("broken JSON", record.problem)
                 texts.append(text_field(record.values, "text"))
             if len(pair) < 2:
-                raise BadRecord("no partner", "a chosen line without the rejected one that should follow")
+                raise BadRecord("no partner", "a chosen line and the rejected one must follow each other in one file")
             chosen, rejected = texts
             yield _checked(Preference(chosen, rejected, pair[0].place))
         except BadRecord as problem:
             left_out.bad(place, problem)
+
+
+def _partners(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """Yield two adjacent lines at a time, or one that has no partner."""
+    start = 0
+    # Within a run, lines follow each other in one file, without a blank one between them.
+    for _, numbered in groupby(enumerate(records), key=lambda each: (each[1].file, each[1].number - each[0])):
+        run = [record for _, record in numbered]
+        # Of an odd number the last is alone if nothing is before them; after a gap it may as well be the first.
+        size = 2 if len(run) % 2 == 0 or start == 0 else 1
+        yield from (run[first : first + size] for first in range(0, len(run), size))
+        start += len(run)
 
 
 def _checked(preference: Preference) -> Preference:

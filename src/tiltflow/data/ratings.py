@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiltflow.data.preferences import prompted
-from tiltflow.data.records import BadRecord, LeftOut, checked_number, read_records, renamed, text_field
+from tiltflow.data.records import BadRecord, LeftOut, checked_number, read_records, short, text_field
 
 MISSING = -100.0  # the rating that is none
 
@@ -39,7 +39,7 @@ def read_ratings(
     which -100 or null stands for none, or a number under each attribute's own name.
 
     Args:
-        source: As for `read_records`.
+        source: As for `open_source`.
         left_out: Counts records that cannot be used, or raises at the first; one without any rating is none of use.
         attributes: A.
         names: Of the attributes, for records without `label`.
@@ -52,11 +52,12 @@ def read_ratings(
         DataError: The source cannot be read or is empty, or as `left_out` says.
     """
     ratings = []
-    for record in read_records(source):
+    expected = ("text", "prompt", "response", "label", *(names or ()))
+    for record in read_records(source, names=expected, columns=columns):
         try:
             if record.problem:
                 raise BadRecord("broken JSON", record.problem)
-            values = renamed(record.values, columns or {})
+            values = record.values
             labels = _labels(values, attributes, names, label_range or (-1e9, 1e9))
             named = values.get("label") is None
             ratings.append(Rating(_text(values, as_conversation), labels, record.place, named))
@@ -96,7 +97,7 @@ def _labels(
         found = [found]
     if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != attributes:
         raise BadRecord(
-            "wrong number of ratings", f"label is {found!r}; num_attributes={attributes} numbers are needed"
+            "wrong number of ratings", f"label is {short(found)}; num_attributes={attributes} numbers are needed"
         )
     low, high = label_range
     labels = tuple(

@@ -80,8 +80,8 @@ class DrawnPreferences(PairSource):
         return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
 
     def where(self, place: int) -> str:
-        """Return the place."""
-        return f"{self.name}, pair {place}"
+        """Return the place, counted from 1."""
+        return f"{self.name}, pair {place + 1}"
 
 
 def draw_pair(

@@ -5,6 +5,7 @@ micro-batches, processes and a last batch that is not full; means do not.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,14 @@ class Fitting:
     validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
     remarks: Sequence[str] = ()  # what the user may not have meant
+    # What is only found when examples are read: set (`train`, `validation NAME`) -> record -> why it is left out.
+    # `batch` adds to it; the trainer brings together what several processes find, and keeps it in checkpoints.
+    found: Mapping[str, dict[int, str]] = field(default_factory=dict[str, dict[int, str]])
+
+    def left_out(self) -> dict[str, int]:
+        """Return what has been left out of each set so far, and how often."""
+        found = Counter(f"{name}: {why}" for name, records in self.found.items() for why in records.values())
+        return {**self.notes, **dict(sorted(found.items()))}
 
 
 def _over_processes(values: Sequence[float], *, device: torch.device) -> list[float]:

@@ -101,8 +101,8 @@ class PickscoreRewardModel(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by, exp(logit_scale): a float32 scalar."""
-        return self.logit_scale.float().exp().squeeze(0)
+        """What cosines are multiplied by, exp(logit_scale): a float32 scalar, float64 of a model in float64."""
+        return self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp().squeeze(0)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a CLIP in transformers' format."""
@@ -176,7 +176,7 @@ class CLIPRewardModel(TrainableRewardModel):
         return self._pixels(images), self._tokens(captions)
 
     def get_reward(self, images: Levels, captions: Sequence[str]) -> Tensor:
-        """Return the rewards of B images, float32 `[B]`, differentiable to the pixels.
+        """Return the rewards of B images, float32 `[B]` (float64 of a model in float64), differentiable to the pixels.
 
         Arguments and errors are those of `preprocess`.
         """
@@ -248,17 +248,28 @@ class CLIPRewardModel(TrainableRewardModel):
         for image in images[:1] if isinstance(images, Tensor) else images:
             if image.ndim != 3 or image.shape[-1] != 3:
                 raise RewardError(f"an image is {list(image.shape)}; pass [H, W, 3], levels from 0 to 255")
+        dtype = torch.promote_types(self.model.backbone.dtype, torch.float32)
         if isinstance(images, Tensor):
-            moved: Levels = images.to(device, torch.float32)
+            moved: Levels = images.to(device, dtype)
         else:
-            moved = [image.to(device, torch.float32) for image in images]
+            moved = [image.to(device, dtype) for image in images]
         return clip_preprocess_levels(moved, size=self.model.backbone.image_size)
+
+    @property
+    def caption_tokens(self) -> int:
+        """How many tokens the text tower reads, both ends included."""
+        return self.model.backbone.model.text_model.embeddings.position_embedding.num_embeddings
+
+    def caption_lengths(self, captions: Sequence[str]) -> list[int]:
+        """Return how many tokens each caption has before it is cut, both ends included."""
+        if not captions:
+            return []
+        return [len(ids) for ids in self.model.backbone.tokenizer(list(captions), verbose=False)["input_ids"]]
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         backbone = self.model.backbone
-        length = backbone.model.text_model.embeddings.position_embedding.num_embeddings
         tokens = backbone.tokenizer(
-            list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
+            list(captions), padding=True, truncation=True, max_length=self.caption_tokens, return_tensors="pt"
         )
         return tokens["input_ids"].to(backbone.device)
 

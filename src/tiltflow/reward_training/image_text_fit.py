@@ -1,6 +1,8 @@
 """From a config to an image-text reward model, its pairs and what was left out of them."""
 
-from typing import Final
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +13,9 @@ from tiltflow.reward_training.base import Fitting
 from tiltflow.reward_training.fit_config import FitRunConfig, ImageTextFitConfig, RewardModelConfig, RewardModelKind
 from tiltflow.reward_training.image_text import CLIPRewardModel, PickscoreRewardModel
 from tiltflow.scorers.checkpoints import WeightsFolder
-from tiltflow.scorers.clip_loading import load_clip_folder
+from tiltflow.scorers.clip_loading import load_clip_checkpoint, load_clip_folder
 from tiltflow.scorers.clip_new import ClipSizes, new_clip
+from tiltflow.scorers.open_clip import HiddenAct
 from tiltflow.types import Config
 
 
@@ -20,7 +23,8 @@ class ImageTextModelConfig(RewardModelConfig):
     """Where the model starts from, and what of it learns how."""
 
     reward_model_type: str = "image_text"
-    pretrained: str | None = None  # folder, or hub repository, of a CLIP in transformers' format
+    pretrained: str | None = None  # folder, or hub repository, of a CLIP in transformers' format; or open_clip's file
+    hidden_act: HiddenAct | None = None  # of open_clip's file, which does not say it: gelu for LAION's and HPSv2's
     from_scratch: ClipSizes | None = None  # or a new one of these sizes
     tokenizer: str | None = None  # of a pretrained one: folder or hub repository; None looks for it
     freeze_vision: bool = False
@@ -35,6 +39,10 @@ class ImageTextModelConfig(RewardModelConfig):
             raise ValueError("give either pretrained (a folder or hub repository) or from_scratch (sizes)")
         if self.freeze_vision and self.freeze_text and self.freeze_logit_scale:
             raise ValueError("freeze_vision, freeze_text and freeze_logit_scale leave nothing to learn; unset one")
+        if self.hidden_act is None and self.pretrained is not None and Path(self.pretrained).is_file():
+            raise ValueError(f"pretrained={self.pretrained!r}: a file of open_clip does not say its hidden_act; set it")
+        if self.hidden_act is not None and self.pretrained is None:
+            raise ValueError(f"hidden_act={self.hidden_act!r} belongs to pretrained, a file of open_clip; leave it out")
         if self.from_scratch is not None and self.tokenizer is not None:
             raise ValueError("tokenizer: a model from_scratch learns its own from the prompts; leave it out")
         return self
@@ -43,9 +51,14 @@ class ImageTextModelConfig(RewardModelConfig):
 class PairsConfig(Config):
     """One set of pairs."""
 
-    source: str | None = None  # file, glob pattern, folder of shards, or hub id
+    source: str | None = None  # file, glob pattern, folder of shards, or owner/name:config@split of the hub
     split: str | None = None  # of the folder or the hub's set
+    columns: Mapping[str, str] = Field(default_factory=dict[str, str])  # expected name -> the data's own
     drawn: DrawnPairs | None = None  # or drawn scenes
+    # As in the section, for this set alone; None: what the section says.
+    filter_ties: bool | None = None
+    weight_by_prompt: bool | None = None
+    pairs_per_prompt: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "PairsConfig":
@@ -53,11 +66,19 @@ class PairsConfig(Config):
             raise ValueError("give either source (a file, folder or hub id) or drawn (scenes drawn on demand)")
         if self.split is not None and self.source is None:
             raise ValueError(f"split={self.split!r} belongs to a source; drawn pairs have drawn.prompts")
+        if self.columns and self.source is None:
+            raise ValueError(f"columns={dict(self.columns)} belongs to a source; drawn pairs have none")
         return self
+
+    def rules(self, section: PairFilter) -> PairFilter:
+        """Return the section's rules with those that this set has of its own."""
+        own = {name: getattr(self, name) for name in ("filter_ties", "weight_by_prompt", "pairs_per_prompt")}
+        changes = {name: None if value == "all" else value for name, value in own.items() if value is not None}
+        return section.model_copy(update=changes)
 
 
 class ImageTextDataConfig(PairFilter):
-    """Which pairs are trained on and validated with; the filters hold for all of them."""
+    """Which pairs are trained on and validated with; the filters hold for each set that has none of its own."""
 
     train: PairsConfig
     validation: dict[str, PairsConfig] = Field(default_factory=dict[str, PairsConfig])  # by name
@@ -85,11 +106,13 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
     """
     train = _read(data.train, data)
     validation = {name: _read(pairs, data) for name, pairs in data.validation.items()}
-    notes = {f"train: {name}": count for name, count in train.notes.items()}
-    for name, pairs in validation.items():
-        notes.update({f"{name}: {reason}": count for reason, count in pairs.notes.items()})
-    captions = list(dict.fromkeys(prompt for pairs in (train, *validation.values()) for prompt in pairs.prompts))
-    return Fitting(build_model(model, captions, seed=seed), train, validation, notes)
+    sets = {"train": train, **{f"validation {name}": pairs for name, pairs in validation.items()}}
+    captions = list(dict.fromkeys(train.prompts))  # no others: a run may go on with another validation set
+    built = build_model(model, captions, seed=seed)
+    for pairs in sets.values():
+        pairs.check_captions(built.caption_tokens, built.caption_lengths(pairs.prompts))
+    notes = {f"{name}: {why}": count for name, pairs in sets.items() for why, count in pairs.notes.items()}
+    return Fitting(built, train, validation, notes, found={name: pairs.found for name, pairs in sets.items()})
 
 
 def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int) -> CLIPRewardModel:
@@ -103,7 +126,11 @@ def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int)
     Raises:
         RewardError: A pretrained model is missing or cannot be read.
     """
-    if config.pretrained is not None:
+    if config.pretrained is not None and config.hidden_act is not None:
+        backbone = load_clip_checkpoint(
+            Path(config.pretrained), hidden_act=config.hidden_act, tokenizer=config.tokenizer, share=False
+        )
+    elif config.pretrained is not None:
         folder = WeightsFolder(config.pretrained).require()
         backbone = load_clip_folder(folder, tokenizer=config.tokenizer, share=False)
     else:
@@ -117,10 +144,11 @@ def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int)
     return CLIPRewardModel(towers, in_batch_negatives=config.in_batch_negatives)
 
 
-def _read(pairs: PairsConfig, rules: PairFilter) -> ImagePreferences:
+def _read(pairs: PairsConfig, section: PairFilter) -> ImagePreferences:
     if pairs.drawn is not None:
-        return ImagePreferences(draw_pairs(pairs.drawn), rules)
-    return ImagePreferences(open_pairs(pairs.source or "", split=pairs.split), rules)
+        return ImagePreferences(draw_pairs(pairs.drawn), pairs.rules(section))
+    source = open_pairs(pairs.source or "", split=pairs.split, columns=pairs.columns)
+    return ImagePreferences(source, pairs.rules(section))
 
 
 def _build(config: ImageTextRunConfig) -> Fitting:

@@ -180,7 +180,7 @@ def _fitting(trained: LanguageTrainable, data: LanguageDataConfig) -> Fitting:
             )
         validation[name] = part.examples(held_out, (source,))
         notes.update(part.notes)
-    return Fitting(trained, examples, validation, dict(notes), remarks)
+    return Fitting(trained, examples, validation, dict(notes), remarks=remarks)
 
 
 def _learn_format(trained: LanguageTrainable, data: LanguageDataConfig, found: Sequence[Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from tiltflow.data.preferences import Preference
 from tiltflow.data.ratings import Rating
-from tiltflow.data.records import BadRecord, LeftOut
+from tiltflow.data.records import BadRecord, LeftOut, OverLength
 from tiltflow.errors import DataError, RewardError
 from tiltflow.reward_training.base import Batch
 from tiltflow.scorers import LanguageRewardModel
 from tiltflow.scorers.length_buckets import pad_rows
 
-OverLength = Literal["filter", "truncate", "error"]
 Tokens: TypeAlias = NDArray[np.int32]
 
 

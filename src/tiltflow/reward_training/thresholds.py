@@ -52,8 +52,12 @@ class TieEvaluation:
 
 
 def probabilities(rewards_0: ArrayLike, rewards_1: ArrayLike) -> Floats:
-    """Return the softmax of two rewards, float64 `[N, 2]`."""
-    difference = np.asarray(rewards_1, dtype=np.float64) - np.asarray(rewards_0, dtype=np.float64)
+    """Return the softmax of two rewards, float64 `[N, 2]`.
+
+    Raises:
+        DataError: A reward is not finite.
+    """
+    difference = _finite("rewards_1", rewards_1) - _finite("rewards_0", rewards_0)
     first = np.where(difference > 0, np.exp(-np.abs(difference)), 1.0) / (1 + np.exp(-np.abs(difference)))
     return np.stack([first, 1 - first], axis=-1)
 
@@ -70,9 +74,9 @@ def tie_scores(probs: ArrayLike, labels: ArrayLike, threshold: float) -> Floats:
         threshold: From 0, only equal ones, to 1, all pairs.
 
     Raises:
-        DataError: The shapes do not fit, or there is no pair.
+        DataError: The shapes do not fit, there is no pair, or a number is not finite.
     """
-    likely, given = np.asarray(probs, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    likely, given = _finite("probs", probs), _finite("labels", labels)
     if likely.ndim != 2 or likely.shape[1:] != (2,) or likely.shape != given.shape or not len(likely):
         raise DataError(f"probs {list(likely.shape)} and labels {list(given.shape)} must both be [N, 2], N at least 1")
     called_tie = np.abs(likely[:, 0] - likely[:, 1]) <= threshold
@@ -82,7 +86,7 @@ def tie_scores(probs: ArrayLike, labels: ArrayLike, threshold: float) -> Floats:
 
 def label_ties(labels: ArrayLike) -> NDArray[np.bool_]:
     """Return which pairs people call equally good, `[N]`."""
-    given = np.asarray(labels, dtype=np.float64)
+    given = _finite("labels", labels)
     return np.abs(given[:, 0] - given[:, 1]) <= LABEL_TIE
 
 
@@ -112,7 +116,7 @@ def evaluate_with_ties(
         test_labels: `[M, 2]`.
 
     Raises:
-        DataError: The shapes do not fit, or there is no pair.
+        DataError: The shapes do not fit, there is no pair, or a number is not finite.
 
     Source: PickScore (arXiv 2305.01569, section 4) and the evaluations published with it and with NeMo-Aligner.
     """
@@ -128,16 +132,20 @@ def evaluate_with_ties(
 
 
 def preference_accuracy(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) -> Rate:
-    """Return how often the preferred image has the higher reward; ties do not count, equal rewards are wrong."""
-    difference = np.asarray(rewards_0, dtype=np.float64) - np.asarray(rewards_1, dtype=np.float64)
-    given = np.asarray(labels, dtype=np.float64)
+    """Return how often the preferred image has the higher reward; ties do not count, equal rewards are wrong.
+
+    Raises:
+        DataError: A number is not finite.
+    """
+    difference = _finite("rewards_0", rewards_0) - _finite("rewards_1", rewards_1)
+    given = _finite("labels", labels)
     decided = given.max(axis=1) > 0.5 if len(given) else np.zeros(0, dtype=np.bool_)
     right = np.where(given[:, 0] > given[:, 1], difference > 0, difference < 0)
     return _rate(right[decided].astype(np.float64))
 
 
 def pair_rewards(model: CLIPRewardModel, pairs: Examples, *, batch_size: int = 64) -> tuple[Floats, Floats, Floats]:
-    """Return the rewards of both images and the labels of all pairs: `[N]`, `[N]` and `[N, 2]`.
+    """Return the rewards of both images and the labels of all pairs: `[N]`, `[N]` and `[N, 2]`; not always finite.
 
     Pairs whose images cannot be read, and which the data leaves out, are left out.
     """
@@ -154,6 +162,17 @@ def pair_rewards(model: CLIPRewardModel, pairs: Examples, *, batch_size: int = 6
     model.train(training)
     first, second, labels = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
     return first, second, labels
+
+
+def _finite(name: str, values: ArrayLike) -> Floats:
+    """Return numbers as an array; NaN compares with nothing, so one would count as a tie, or as wrong."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    wrong = np.flatnonzero(~(finite if array.ndim == 1 else finite.all(axis=tuple(range(1, array.ndim)))))
+    if len(wrong):
+        more = f", as at {len(wrong) - 1} more places" if len(wrong) > 1 else ""
+        raise DataError(f"{name}[{wrong[0]}] is {array[wrong[0]]}{more}: rewards and labels must be finite numbers")
+    return array
 
 
 def _rate(scores: Floats) -> Rate:

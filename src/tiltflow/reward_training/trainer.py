@@ -60,6 +60,7 @@ class RewardTrainer:
         self.distributed = distributed
         self.examples = fitting.train
         self.validation = fitting.validation
+        self.found = fitting.found
         self.batches = self._batches(fitting.train, seed=seed if config.shuffle else None)
         self.total_steps = config.total_steps(self.batches.steps_per_epoch)
         self.step = 0
@@ -97,6 +98,9 @@ class RewardTrainer:
         for name, examples in self.validation.items():
             prefix = "validation" if len(self.validation) == 1 else f"validation_{name}"
             status(prefix)
+            self.found.get(
+                f"validation {name}", {}
+            ).clear()  # found again, or something else, if the set is another since a resume
             self.model.prepare_for_validation_step()
             with torch.no_grad():
                 found = self.model.metrics(self._measure(examples))
@@ -109,10 +113,17 @@ class RewardTrainer:
         weights, optimizer = state
         save_tensors(directory / WEIGHTS_FILE, weights)
         save_state(directory, "optimizer", optimizer)
-        save_state(directory, "trainer", {"step": self.step, "seed": self.seed})
+        found = {name: [[record, why] for record, why in each.items()] for name, each in self.found.items()}
+        save_state(directory, "trainer", {"step": self.step, "seed": self.seed, "found": found})
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the trained weights and the optimizer's state for `save`; every process calls it."""
+        """Return the trained weights and the optimizer's state for `save`; every process calls it.
+
+        Afterwards each of them knows what any of them has found in the data.
+        """
+        for theirs in self.distributed.gather({name: dict(found) for name, found in self.found.items()}):
+            for name, found in theirs.items():
+                self.found[name].update(found)
         return self._parallel.state()
 
     def load(self, directory: Path) -> None:
@@ -134,6 +145,8 @@ class RewardTrainer:
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}; keep the model, or choose another output_dir") from error
         self.step = progress["step"]
+        for name in self.found.keys() & progress["found"].keys():
+            self.found[name].update(dict(progress["found"][name]))
 
     def whole_model(self) -> TrainableRewardModel:
         """Return the model with all its weights, for writing; every process calls it, the main one may use it."""
@@ -148,13 +161,12 @@ class RewardTrainer:
         # Drawn anew for every step, so that a resumed run needs no state of the generators.
         torch.manual_seed(derive_seed(self.seed, "step", self.step, self.distributed.rank))
         self.model.prepare_for_training_step()
-        loss, totals = self._accumulate(loaded.batches, weight) if weight > 0 else (0.0, {})
+        loss, totals = self._accumulate(loaded.batches, weight) if weight > 0 else (0.0, self._only_count(loaded))
         loss, totals = self._over_processes(totals, loss=loss)
         norm = self._descend(loss, lr) if weight > 0 else float("nan")
         self.model.finish_training_step()
-        metrics = self.model.metrics(totals) if weight > 0 else {"loss": float("nan")}
         return {
-            **{f"train/{key}": value for key, value in metrics.items()},
+            **{f"train/{key}": value for key, value in self.model.metrics(totals).items()},
             "grad_norm": norm,
             "lr": lr,
             "samples": float(self.batches.samples(self.step + 1)),
@@ -202,9 +214,16 @@ class RewardTrainer:
         with closing(self._load(examples, batches.epoch())) as steps:
             for loaded in steps:
                 self._weight_of(loaded)
-                for batch in loaded.batches:
-                    _add(totals, self._forward(batch)[1])
+                _add(totals, self._only_count(loaded))
         return self._over_processes(totals)[1]
+
+    def _only_count(self, loaded: LoadedStep) -> Totals:
+        """Return this process's sums over a step from which nothing is learnt."""
+        totals: dict[str, float] = {}
+        with torch.no_grad():
+            for batch in loaded.batches:
+                _add(totals, self._forward(batch)[1])
+        return totals
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Totals]:
         device = self.distributed.device

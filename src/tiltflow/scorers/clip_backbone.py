@@ -157,9 +157,12 @@ class ClipBackbone(nn.Module):
         return torch.stack([feature for feature in features if feature is not None])
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Encode preprocessed pixels `[B, 3, S, S]`: L2-normalised, float32 `[B, D]`; nothing is remembered."""
+        """Encode preprocessed pixels `[B, 3, S, S]`: L2-normalised, float32 `[B, D]`; nothing is remembered.
+
+        A network in float64 gives float64.
+        """
         pooled = self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        return _unit(self.model.visual_projection(pooled))
 
     def encode_tokens(self, input_ids: Tensor) -> Tensor:
         """Encode token ids `[B, L]`: L2-normalised, float32 `[B, D]`; nothing is remembered.
@@ -167,7 +170,7 @@ class ClipBackbone(nn.Module):
         There is no attention mask: text attends backwards only, so what pads it after its end changes nothing.
         """
         pooled = self.model.text_model(input_ids=input_ids.to(self.device)).pooler_output
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        return _unit(self.model.text_projection(pooled))
 
     def checkpoint_activations(self) -> None:
         """From now on compute activations again in the backward pass of training instead of keeping them."""
@@ -244,6 +247,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
 
 
 def _still(backbone: ClipBackbone, key: BackboneKey) -> bool:

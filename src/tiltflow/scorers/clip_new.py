@@ -43,11 +43,11 @@ class ClipSizes(Config):
 
 
 def new_clip(sizes: ClipSizes, captions: Sequence[str], *, seed: int) -> ClipBackbone:
-    """Make a CLIP with random weights and a tokenizer in which every word of `captions` is one token.
+    """Make a CLIP with random weights and a tokenizer in which the common words of `captions` are one token each.
 
     Args:
         sizes: Its sizes.
-        captions: What the tokenizer learns from; other words fall back to letters.
+        captions: What the tokenizer learns its 2,000 tokens from; rare words are pieces, others letters.
         seed: Seeds the weights.
     """
     tokenizer = build_tokenizer(captions, max_length=sizes.text_tokens)
