@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -193,6 +195,31 @@ def test_two_processes_leave_the_same_folder(finished: Path, tmp_path: Path) -> 
         for folder in (tmp_path, tmp_path / "one")
     ]
     assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("rewound", ["afresh", "step_000016"])
+def test_the_model_is_of_the_steps_that_were_trained_last(tmp_path: Path, keep_best: bool, rewound: str) -> None:
+    metric = {"metric": "validation_near/loss", "mode": "min"} if keep_best else None
+    config = write(tmp_path, train={"keep_best": metric, "schedule": "constant"})
+    out = tmp_path / "out"
+    assert run(config) == 0
+    first = load_file(out / "model" / "model.safetensors")
+    (out / "latest").unlink()
+    for checkpoint in out.glob("step_*"):
+        if checkpoint.name != rewound:
+            shutil.rmtree(checkpoint)
+    assert run(config, "--train.lr", "0.02") == 0
+    told = json.loads((out / "model" / "metrics.json").read_text())
+    trained = load_file(out / "latest" / "weights.safetensors")
+    model = load_file(out / "model" / "model.safetensors")
+    if told["step"] == 18:  # the last step, trained anew
+        assert all(torch.equal(model[name], value) for name, value in trained.items())
+        assert not torch.equal(first["score.1.weight"], model["score.1.weight"])
+    if not keep_best or rewound == "afresh":
+        former = load_file(out / "model.old" / "model.safetensors")
+        assert all(torch.equal(former[name], value) for name, value in first.items())
+        assert told["step"] == 18
 
 
 def test_without_keep_best_the_model_is_the_last(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.commands.run_folder import changed_keys, newest_checkpoint, start_trackers, warn
 from tiltflow.report.reward_page import DATA_FILE, write_reward_report
 from tiltflow.reward_training.base import Fitting
-from tiltflow.reward_training.best import BestModels, read_model, write_model
+from tiltflow.reward_training.best import BestModels, read_model, set_aside, write_model
 from tiltflow.reward_training.fit_config import FitRunConfig, RewardModelKind
 from tiltflow.reward_training.trainer import FitStep, RewardTrainer
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
@@ -103,16 +103,24 @@ class _RewardRun:
             changed = changed_keys(self.folder / CONFIG_FILE, self.config, (*IDENTITY, *self.kind.identity))
             self.trainer.load(checkpoint)
         with self.distributed.together():
-            if self.distributed.is_main and self.best is not None:
-                if checkpoint is None:
-                    self.best.set_aside()
-                elif changed:
-                    self.best.forget(after=self.trainer.step)
+            if self.distributed.is_main:
+                self._make_room(afresh=checkpoint is None, changed=bool(changed))
         if checkpoint is not None and self.distributed.is_main:
             for line in changed:
                 warn(f"{self.folder} goes on with another value: {line}")
             print(f"resuming {self.folder} after step {self.trainer.step}", file=sys.stderr)
         return checkpoint is not None
+
+    def _make_room(self, *, afresh: bool, changed: bool) -> None:
+        """Move away, or remove, models of steps that this start will train, perhaps to other weights."""
+        final = self.folder / "model"
+        if afresh:
+            set_aside(self.folder / "best")
+        elif changed and self.best is not None:
+            self.best.forget(after=self.trainer.step)
+        there = None if afresh else read_model(final)
+        if there is None or there.step > self.trainer.step:
+            set_aside(final)
 
     def _describe_data(self) -> None:
         """Tell how much data there is and what was left out, on the console and for the report."""
@@ -171,7 +179,7 @@ class _RewardRun:
                 warn(f"{self.best.config.metric} never had a value: model/ is the last model, not the best")
             number = chosen.step if chosen is not None else self.trainer.step
             there = read_model(final) if main else None
-            missing = there is None or there.step != number
+            missing = there is None or there.step != number or last is not None
         chosen_folder, missing = self.distributed.gather((chosen and chosen.folder, missing))[0]
         if missing:
             model = self.trainer.whole_model() if chosen_folder is None else None

@@ -87,13 +87,6 @@ class BestModels:
             if model.step > after:
                 shutil.rmtree(model.folder)
 
-    def set_aside(self) -> None:
-        """Make room for a new run: models of an earlier one move to `<directory>.old`, where they replace others."""
-        former = self.directory.with_name(f"{self.directory.name}.old")
-        if self.directory.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            self.directory.rename(former)
-
     def models(self) -> list[BestModel]:
         """Return what is kept, the best first."""
         return sorted(kept_models(self.directory), key=self._rank_of)
@@ -131,6 +124,14 @@ def read_model(folder: Path) -> BestModel | None:
         return BestModel(folder, int(content["step"]), dict(content["metrics"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove the folder, or restore it") from error
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a new run: a folder of an earlier one moves to `<folder>.old`, where it replaces another."""
+    former = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
 
 
 def write_model(folder: Path, step: int, metrics: Mapping[str, float], write: Callable[[Path], object]) -> None:
