@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.reward_training.processes import join
+from tests.reward_training.processes import join, units
 from tests.reward_training.test_image_text_run import SMALL
 from tiltflow.reward_training.fit_config import FitConfig
 from tiltflow.reward_training.image_text_fit import ImageTextDataConfig, ImageTextModelConfig, build_image_text
@@ -34,6 +34,7 @@ def main(folder: Path, kind: str, negatives: float) -> None:
     if group.is_main:
         whole.save_pretrained(folder / "model")
         (folder / "steps.json").write_text(json.dumps(steps))
+        (folder / "units.json").write_text(json.dumps(units(trainer.model)))
     group.close()
 
 

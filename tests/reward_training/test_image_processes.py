@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.invariant.runs import ROOT, environment
+from tests.reward_training.processes import command
 
 
 def start(
@@ -18,10 +18,9 @@ def start(
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Run the program and return the metrics of its steps, without times, and the weights that it saved."""
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program = ["-m", "tests.reward_training.image_processes", str(folder), kind, str(negatives)]
     done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), *program],
+        [*command(processes, kind), *program],
         env=environment(),
         cwd=ROOT,
         capture_output=True,
@@ -41,6 +40,8 @@ def start(
 def test_two_processes_make_the_run_of_one(tmp_path: Path, kind: str, negatives: float) -> None:
     steps, weights = start(tmp_path / "one", processes=1, kind="ddp", negatives=negatives)
     found, shared = start(tmp_path / "two", processes=2, kind=kind, negatives=negatives)
+    units = json.loads((tmp_path / "two" / "units.json").read_text())
+    assert units.count("CLIPEncoderLayer") == (2 if kind == "fsdp" else 0)  # one layer of each tower
     assert len(steps) == 6
     assert {"train/loss", "train/accuracy", "validation/loss"} <= steps[1].keys()
     for one, two in zip(steps, found, strict=True):

@@ -30,6 +30,14 @@ class TrainableRewardModel(nn.Module, ABC):
     one whose rows all have weight 0.
     """
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Names of the classes of modules that FSDP2 gathers one at a time: the layers of a transformer, if it has any.
+
+        All processes must call each of them equally often in a `forward`.
+        """
+        return ()
+
     @abstractmethod
     def weight(self, batch: Batch) -> float:
         """Return how much a batch counts in the mean loss of its step: its pairs, labels or weights; maybe 0."""

@@ -161,6 +161,11 @@ class CLIPRewardModel(TrainableRewardModel):
         self.in_batch_negatives = in_batch_negatives
         self.micro_batch_size = micro_batch_size
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The layers of both towers, as transformers names them."""
+        return sorted(self.model.backbone.model._no_split_modules or ())
+
     def preprocess(self, images: Levels, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return what the towers read: pixels `[B, 3, S, S]`, differentiable, and token ids `[B, L]`.
 

@@ -1,7 +1,7 @@
 """Language reward models while they are trained: ranking of pairs, and regression on ratings."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tiltflow.errors import ConfigError
 from tiltflow.reward_training.base import Batch, Totals, TrainableRewardModel
@@ -48,16 +49,20 @@ class LanguageTrainable(TrainableRewardModel):
         self.model = model
         self.config = config
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The network's layers, as transformers names them."""
+        return sorted(self.model.classifier._no_split_modules or ())
+
     def attributes(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Return the attributes of texts padded on the right, float32 `[N, A]`, with gradient."""
-        # Processes that share weights wait for each other in every call of the network: all must make as many.
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         return self.model.score_rows(
             input_ids.to(self.model.device),
             lengths.to(self.model.device),
             buckets=self.config.length_buckets,
             overhead=self.config.bucket_overhead,
-            steady=not alone,
+            # Processes that share weights wait for each other in every call of the network: all must make as many.
+            steady=isinstance(self, FSDPModule),
         )
 
     def enable_gradient_checkpointing(self) -> None:

@@ -68,7 +68,7 @@ class RewardTrainer:
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         optimizer = _optimizer(self.model, config, fused=distributed.device.type in ("cpu", "cuda"))
-        self._parallel = ParallelModel(self.model, optimizer, distributed)
+        self._parallel = ParallelModel(self.model, optimizer, distributed, blocks=self.model.blocks)
 
     def run(self, *, status: Status = lambda stage: None) -> Iterator[FitStep]:
         """Train from the step after `self.step` to the last, yielding after each."""
