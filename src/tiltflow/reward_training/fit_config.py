@@ -164,4 +164,6 @@ class RewardModelKind:
 
     config: type[FitRunConfig]
     build: Callable[[Any], Fitting]  # called on every process with an instance of `config`; the model is on the CPU
-    identity: tuple[str, ...] = ("model", "data")  # a run in which one of these keys changes is another run
+    # A run in which one of these keys changes is another run: they decide where it starts and what it sees in which order.
+    identity: tuple[str, ...] = ("model", "data")
+    free: tuple[str, ...] = ()  # keys among these which decide neither, such as data.validation

@@ -88,7 +88,7 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
     notes = {f"train: {name}": count for name, count in train.notes.items()}
     for name, pairs in validation.items():
         notes.update({f"{name}: {reason}": count for reason, count in pairs.notes.items()})
-    captions = list(dict.fromkeys(prompt for pairs in (train, *validation.values()) for prompt in pairs.prompts))
+    captions = list(dict.fromkeys(train.prompts))  # no others: a run may go on with another validation set
     return Fitting(build_model(model, captions, seed=seed), train, validation, notes)
 
 
@@ -127,4 +127,4 @@ def _build(config: ImageTextRunConfig) -> Fitting:
     return build_image_text(config.model, config.data, seed=config.seed)
 
 
-IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build)
+IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build, free=("data.validation", "data.on_bad_image"))

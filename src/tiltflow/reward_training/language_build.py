@@ -129,8 +129,9 @@ def build_run(config: LanguageRunConfig) -> Fitting:
     return build_language(config.model, config.data, seed=config.seed)
 
 
-BINARY_RANKING = RewardModelKind(LanguageRunConfig, build_run)
-REGRESSION = RewardModelKind(LanguageRunConfig, build_run)
+_FREE = ("data.validation",)
+BINARY_RANKING = RewardModelKind(LanguageRunConfig, build_run, free=_FREE)
+REGRESSION = RewardModelKind(LanguageRunConfig, build_run, free=_FREE)
 
 
 def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:
