@@ -124,9 +124,9 @@ def build_linear(config: LinearRunConfig) -> Fitting:
         LinearRewardModel(dropout=config.model.dropout, hidden=config.model.hidden),
         VectorPairs(config.data.count, seed=1, bad=config.data.bad),
         {name: VectorPairs(21, seed=2 + index, noise=index) for index, name in enumerate(config.data.sets)},
-        {"ties": 3, "too_long": 0},
+        {"ties": 3, "longer than 5 tokens, truncated": 2, "too_long": 0},
     )
 
 
-LINEAR = RewardModelKind(LinearRunConfig, build_linear)
+LINEAR = RewardModelKind(LinearRunConfig, build_linear, free=("data.sets",))
 NOT_A_KIND = json

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.invariant.runs import ROOT, environment
 from tiltflow import cli
-from tiltflow.commands.reward_config import load_reward_config
+from tiltflow.commands.reward_config import find_kind, load_reward_config
 from tiltflow.runtime.tracking import read_jsonl
 
 TYPE = "tests.reward_training.linear.LINEAR"
@@ -127,6 +127,33 @@ def test_another_run_is_not_continued(
     assert f"holds another run ({line})" in capsys.readouterr().err
 
 
+def test_a_remedy_is_not_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    config = write(tmp_path)
+    assert run(config, "--data.sets", "[near]", "--keep_best", "{metric: validation/acc, mode: max, count: 2}") == 0
+    assert "goes on with another value: data.sets: ['near', 'far'] -> ['near']" in capsys.readouterr().err
+    assert (
+        run(
+            config,
+            "--data.count",
+            "40",
+            "--data.sets",
+            "[near]",
+            "--keep_best",
+            "{metric: validation/acc, mode: max, count: 2}",
+        )
+        == 2
+    )
+    assert f"write the new place into {tmp_path / 'out' / 'config.yaml'} too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["image_text", "binary_ranking", "regression"])
+def test_validation_sets_are_no_part_of_what_a_run_is(kind: str) -> None:
+    free = find_kind(kind).free
+    assert "data.validation" in free and not {"data", "data.train", "data.on_bad_record"} & {*free}
+    assert ("data.on_bad_image" in free) == (kind == "image_text")
+
+
 def test_a_run_ended_by_time_goes_on_and_ends_like_one_that_never_stopped(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +247,13 @@ def test_the_model_is_of_the_steps_that_were_trained_last(tmp_path: Path, keep_b
         former = load_file(out / "model.old" / "model.safetensors")
         assert all(torch.equal(former[name], value) for name, value in first.items())
         assert told["step"] == 18
+
+
+def test_notes_are_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(write(tmp_path), "--max_steps", "1") == 0
+    assert "; ties: 3; longer than 5 tokens, truncated: 2; 6 steps an epoch" in capsys.readouterr().err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What was left out or shortened" in page and "too_long" in page and "Nothing was" not in page
 
 
 def test_without_keep_best_the_model_is_the_last(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_run_by_the_command_line_is_resumed_and_leaves_a_classifier(tmp_path, 
     assert main(["train-reward", config]) == 2
     assert f"{tmp_path / 'data.jsonl'}, line 17: missing key" in capsys.readouterr().err
     assert main(["train-reward", config, "--on_bad_record", "skip", "--max_steps", "2"]) == 0
-    assert "1 left out: train: missing key, left out" in capsys.readouterr().err
+    assert "; train: missing key, left out: 1; " in capsys.readouterr().err
     assert main(["train-reward", config, "--on_bad_record", "skip", "--max_epochs", "2"]) == 0
     assert "resuming" in capsys.readouterr().err
     rows = rows_of(tmp_path)

@@ -19,7 +19,7 @@ from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
 
-# A run in which one of these changes is another run; each kind of reward model adds its own.
+# A run in which one of these changes is another run; each kind of reward model adds its own, and excepts some of them.
 IDENTITY = ("seed", "train.batch_size", "train.shuffle", "train.length_window")
 
 
@@ -100,7 +100,8 @@ class _RewardRun:
         checkpoint = newest_checkpoint(self.store, self.distributed)
         changed = list[str]()
         if checkpoint is not None:
-            changed = changed_keys(self.folder / CONFIG_FILE, self.config, (*IDENTITY, *self.kind.identity))
+            identity = (*IDENTITY, *self.kind.identity)
+            changed = changed_keys(self.folder / CONFIG_FILE, self.config, identity, free=self.kind.free)
             self.trainer.load(checkpoint)
         with self.distributed.together():
             if self.distributed.is_main:
@@ -136,7 +137,7 @@ class _RewardRun:
         write_atomically(self.folder / DATA_FILE, json.dumps(content, indent=1))
         trainer = self.trainer
         told = [f"{content['train']} training examples", *(f"{count} of {name}" for name, count in sets.items())]
-        told += [f"{count} left out: {why}" for why, count in self.fitting.notes.items() if count]
+        told += [f"{why}: {count}" for why, count in self.fitting.notes.items() if count]
         steps = f"{trainer.batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all"
         print(f"{'; '.join(told)}; {steps}", file=sys.stderr)
 
