@@ -57,6 +57,11 @@ class TrainableRewardModel(nn.Module, ABC):
     def metrics(self, totals: Totals) -> dict[str, float]:
         """Return metrics from sums over any number of batches: always `loss`; NaN where nothing was counted."""
 
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """What `metrics` returns, so that a wrong `keep_best.metric` is found before the first step; () is unknown."""
+        return ()
+
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Write the trained model where the reward of this kind, and the library it came from, can load it."""

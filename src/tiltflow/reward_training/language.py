@@ -126,6 +126,12 @@ class BinaryRankingRewardModel(LanguageTrainable):
         """Return `loss, acc, rewards_chosen_mean, rewards_rejected_mean, rewards_all_mean, rewards_all_std`."""
         return bradley_terry_metrics(totals)
 
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The keys of `metrics`."""
+        rewards = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_all_mean", "rewards_all_std")
+        return ("loss", "acc", *rewards)
+
 
 class RegressionRewardModel(LanguageTrainable):
     """Learns from ratings: `masked_mse` of the attributes.
@@ -150,6 +156,11 @@ class RegressionRewardModel(LanguageTrainable):
     def metrics(self, totals: Totals) -> dict[str, float]:
         """Return `loss`, the mean squared error, and `mae`, the mean absolute one."""
         return masked_mse_metrics(totals)
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The keys of `metrics`."""
+        return ("loss", "mae")
 
 
 REWARD_MODEL_CLASS_DICT: Mapping[RewardModelType, type[LanguageTrainable]] = {
