@@ -303,6 +303,23 @@ def test_mistakes_are_told_in_a_line(
     assert words in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("names", [["loss", "acc"], []])
+def test_a_metric_that_is_not_measured_costs_no_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+) -> None:
+    best = {"keep_best": {"metric": "validation_near/auc"}, "validate_at_start": False}
+    assert run(write(tmp_path, model={"names": names}, train=best)) == 2
+    assert "'validation_near/auc' is not measured; legal: validation_far/acc" in capsys.readouterr().err
+    if names:  # known before the first step
+        assert not (tmp_path / "out").exists()
+        return
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "out" / "latest").resolve().name == "step_000003"
+    best["keep_best"] = {"metric": "validation_near/acc", "mode": "max"}
+    assert run(write(tmp_path, model={"names": names}, train=best)) == 0
+    assert len(rows(tmp_path)) == 18
+
+
 def test_a_config_of_another_command_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(tmp_path)
     for wrong in ("train", "pretrain"):

@@ -197,7 +197,7 @@ def test_the_loss_is_the_divergence() -> None:
     torch.testing.assert_close(loss / 5, expected, atol=1e-5, rtol=0)
     found = model.metrics(totals)
     assert found["loss"] == pytest.approx(expected.item(), abs=1e-5)
-    assert found["accuracy"] == pytest.approx(metrics["accuracy"].item())
+    assert found["acc"] == pytest.approx(metrics["accuracy"].item())
     difference = (rewards[0] - rewards[1])[[0, 1, 3, 4]] * torch.tensor([1.0, -1.0, 1.0, -1.0])
     both = torch.cat(rewards)
     assert found["margin"] == pytest.approx(difference.mean().item(), abs=1e-4)
@@ -241,7 +241,8 @@ def test_a_batch_in_which_nothing_counts(contrast: float) -> None:
     assert loss.item() == 0
     assert all(weight.grad is not None and not weight.grad.any() for weight in model.parameters())
     metrics = model.metrics(totals)
-    assert all(math.isnan(metrics[name]) for name in ("loss", "accuracy", "margin", "reward_mean", "reward_std"))
+    assert tuple(metrics) == model.metric_names
+    assert all(math.isnan(metrics[name]) for name in ("loss", "acc", "margin", "reward_mean", "reward_std"))
     assert (metrics["pairs"], metrics["skipped"]) == (0, 2)
 
 

@@ -43,13 +43,13 @@ def write(folder: Path, **sections: Any) -> Path:
 
 
 def test_a_run_ends_with_a_model_that_scores(tmp_path: Path) -> None:
-    best = {"keep_best": {"metric": "validation/accuracy", "mode": "max"}}
+    best = {"keep_best": {"metric": "validation/acc", "mode": "max"}}
     assert cli.main(["train-reward", str(write(tmp_path, train={**best, "max_steps": 4}))]) == 0
     rows = list(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
-    measured = [row for row in rows if "validation/accuracy" in row]
+    measured = [row for row in rows if "validation/acc" in row]
     assert len(measured) == 2
     assert all(row["validation/pairs"] == 21 for row in measured)  # every one once, in batches that do not divide them
-    assert {"train/loss", "train/accuracy", "train/logit_scale", "train/skipped"} <= rows[0].keys()
+    assert {"train/loss", "train/acc", "train/logit_scale", "train/skipped"} <= rows[0].keys()
     reward = build_reward("PickScore", device="cpu", model_name_or_path=str(tmp_path / "out" / "model"))
     assert (
         torch.as_tensor(reward(prompt=["a photo of a star"], image=torch.rand(1, 3, 64, 64)).rewards).isfinite().all()
@@ -155,7 +155,7 @@ def test_the_chain_from_drawn_pairs_to_a_tilted_generator(tmp_path: Path) -> Non
     words += ["--in_batch_negatives", "0", "--train.lr", "2e-3"]
     assert cli.main(["train-reward", "shapes_preference", *words]) == 0
     rows = read_jsonl(tmp_path / "reward" / "metrics.jsonl")
-    accuracy = max(row["validation/accuracy"] for row in rows if "validation/accuracy" in row)
+    accuracy = max(row["validation/acc"] for row in rows if "validation/acc" in row)
     assert accuracy >= 0.7  # chance is 0.5; the packaged run goes much further
     entry = f"reward_model: PickScore, model_name_or_path: {tmp_path / 'reward' / 'model'}, divisor: 1"
     rewards = f"[{{name: mine, {entry}}}]"

@@ -95,7 +95,7 @@ def test_metrics_are_those_of_the_rewards(base, files):
     model = fitting.model.eval()
     with torch.no_grad():
         _, metrics = summed(model, fitting.train, [(range(13), [1.0] * 13)])
-    assert set(metrics) == KEYS
+    assert set(metrics) == KEYS == set(model.metric_names)
     chosen, rejected = (model.model.score([pair[side] for pair in PAIRS]) for side in ("chosen", "rejected"))
     both = torch.cat([chosen, rejected])
     expected = {
@@ -300,6 +300,7 @@ def test_regression_learns_the_attributes_that_are_rated(tmp_path):
     fitting = regression(folder, {"ratings": str(tmp_path / "ratings.jsonl")}, data=data)
     fit(fitting, steps=150, lr=3e-3)
     metrics = measure(fitting.model, fitting.train)
+    assert tuple(metrics) == fitting.model.metric_names
     assert metrics["loss"] < 0.15 and metrics["mae"] < 0.3
     scores = fitting.model.eval().model.score(["w1 good good good", "w1 bad bad bad"])
     assert scores.shape == (2, 2)

@@ -71,8 +71,9 @@ class _RewardRun:
         self.distributed = distributed
         self.folder = Path(str(config.output_dir))
         self.store = CheckpointStore(self.folder, keep=config.train.keep, unit="step")
-        best = config.train.keep_best
-        self.best = None if best is None else BestModels(self.folder / "best", best, sets=fitting.validation)
+        best, names = config.train.keep_best, fitting.model.metric_names
+        folder = self.folder / "best"
+        self.best = None if best is None else BestModels(folder, best, sets=fitting.validation, names=names)
 
     def to_the_end(self) -> None:
         """Resume, train, and leave the finished model."""
@@ -144,16 +145,19 @@ class _RewardRun:
     def _after_step(self, step: FitStep, trackers: TrackerGroup, bar: ProgressBar) -> None:
         """Keep the model if it is among the best, log, and save when due."""
         train = self.config.train
-        if step.validated and self.best is not None:
-            self.best.check(step.metrics)
-            self._keep_if_best(step, self.best)
+        best = self.best if step.validated else None
+        unknown = best is not None and best.config.metric not in step.metrics
+        if best is not None and not unknown:
+            self._keep_if_best(step, best)
         trackers.log(step.metrics, step=step.number)
-        due = step.last or (train.save_every is not None and step.number % train.save_every == 0)
+        due = step.last or unknown or (train.save_every is not None and step.number % train.save_every == 0)
         if step.number > 0 and due:
             state = self.trainer.state()
             with self.distributed.together():
                 if self.distributed.is_main:
                     self.store.save(step.number, partial(self.trainer.save, state=state))
+        if best is not None and unknown:
+            best.check(step.metrics)  # only now: what has been trained is not lost
         if self.distributed.is_main and (due or step.validated):
             write_reward_report(self.folder)
         if step.number > 0:

@@ -19,14 +19,13 @@ from tiltflow.runtime.checkpoint import write_atomically
 DATA_FILE = "data.json"  # {"total_steps": 12, "train": 45, "validation": {"all": 21}, "left_out": {"ties": 3}}
 TEMPLATE = "reward_template.html"
 MAX_COLUMNS = 6
-LEADING = ("loss", "acc", "accuracy")  # shown before all other metrics
+LEADING = ("loss", "acc")  # shown before all other metrics
 SMOOTHED_POINTS = 40  # a curve of training is averaged so that about so many separate values are left
 
 TEXTS = {
     "loss": "What training descends. A loss that falls in training and rises in validation means that the model learns "
     "its examples by heart.",
     "acc": "How often the preferred one of a pair has the higher score.",
-    "accuracy": "How often the preferred one of a pair has the higher score.",
     "grad_norm": "The length of each step's gradient before it was clipped.",
     "lr": "The learning rate.",
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tiltflow.errors import CheckpointError, ConfigError, TrainingError
 from tiltflow.reward_training.base import Batch, Examples, Fitting, Totals, TrainableRewardModel
 from tiltflow.reward_training.batches import Batches
-from tiltflow.reward_training.fit_config import FitConfig, check_schedule, learning_rate
+from tiltflow.reward_training.fit_config import FitConfig, check_schedule, learning_rate, validation_prefixes
 from tiltflow.reward_training.loader import LoadedStep, load_steps, to_device
 from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
 from tiltflow.runtime.distributed import Distributed
@@ -94,12 +94,11 @@ class RewardTrainer:
         """Measure the model on every validation set, each example once."""
         began = time.monotonic()
         metrics: dict[str, float] = {}
-        for name, examples in self.validation.items():
-            prefix = "validation" if len(self.validation) == 1 else f"validation_{name}"
+        for name, prefix in validation_prefixes(self.validation).items():
             status(prefix)
             self.model.prepare_for_validation_step()
             with torch.no_grad():
-                found = self.model.metrics(self._measure(examples))
+                found = self.model.metrics(self._measure(self.validation[name]))
             self.model.finish_validation_step()
             metrics |= {f"{prefix}/{key}": value for key, value in found.items()}
         return {**metrics, "validation_seconds": time.monotonic() - began} if metrics else {}
