@@ -320,3 +320,11 @@ def test_gradient_checkpointing_changes_no_number(base, files):
     assert results[0][0] == results[1][0]
     for one, other in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_weights_that_are_trained_are_in_float32(base, files):
+    with pytest.raises(ConfigError, match=r"model.dtype=bfloat16 without LoRA: .* train.precision: bf16, or train LoRA"):
+        ranking(base, files, dtype="bfloat16")
+    model = ranking(base, files, dtype="bfloat16", lora={"rank": 2}).model
+    assert model.model.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}

@@ -118,6 +118,11 @@ def build_language(
     )
     if model.lora is not None:
         network.add_lora(model.lora, seed=seed)
+    if model.dtype == "bfloat16" and network.network is network.classifier:
+        raise ConfigError(
+            "model.dtype=bfloat16 without LoRA: it would round away most of what a step changes; leave it at float32 "
+            "and compute in train.precision: bf16, or train LoRA (model.lora), whose weights stay in float32"
+        )
     kind = RewardModelType(model.reward_model_type)
     trained = REWARD_MODEL_CLASS_DICT[kind](network, model)
     reads = _DataSet.pairs if kind is RewardModelType.BINARY_RANKING else _DataSet.ratings
