@@ -44,8 +44,13 @@ def test_two_processes_make_the_run_of_one(tmp_path: Path, kind: str, negatives:
     assert units.count("CLIPEncoderLayer") == (2 if kind == "fsdp" else 0)  # one layer of each tower
     assert len(steps) == 6
     assert {"train/loss", "train/acc", "validation/loss"} <= steps[1].keys()
+    assert found[0] == pytest.approx(steps[0], rel=1e-6, abs=1e-6)  # what is summed over processes is exact
     for one, two in zip(steps, found, strict=True):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5, nan_ok=True)
+        # From then on Adam scales up gradients that are 0 but for rounding. The loss, which sees only differences of
+        # rewards, does not see what that moves: the level of all of them.
+        for name, value in one.items():
+            blind = name.endswith(("reward_mean", "reward_std", "grad_norm"))
+            assert two[name] == pytest.approx(value, abs=5e-5 if blind else 2e-6, rel=2e-6), name
     assert weights.keys() == shared.keys()
     for name, weight in weights.items():
         if not name.endswith(

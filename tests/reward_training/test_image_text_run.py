@@ -68,6 +68,26 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("negatives", [0.0, 0.5])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, negatives: float) -> None:
+    ends = []
+    for name, stops in (("whole", [6]), ("broken", [2, 3, 6])):
+        (tmp_path / name).mkdir()
+        model = {"in_batch_negatives": negatives}
+        config = write(tmp_path / name, model=model, train={"schedule": "constant", "save_every": 1, "max_steps": 6})
+        for stop in stops:
+            assert cli.main(["train-reward", str(config), "--max_steps", str(stop)]) == 0
+        out = tmp_path / name / "out"
+        rows = [
+            {key: value for key, value in row.items() if key.startswith(("train/", "grad", "lr"))}
+            for row in read_jsonl(out / "metrics.jsonl")
+        ]
+        files = ("latest/weights.safetensors", "latest/optimizer.safetensors", "model/model.safetensors")
+        ends.append((rows, [(out / file).read_bytes() for file in files]))
+    assert len(ends[0][0]) == 6 and ends[0] == ends[1]
+
+
 def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
     changes = [{"image_0": f"images/{place}.png", "prompt": f"image {place}"} for place in (0, 2, 3, 4, 5, 6)]
     data = write_lines(tmp_path / "data", *changes, "{broken")

@@ -323,7 +323,9 @@ def test_gradient_checkpointing_changes_no_number(base, files):
 
 
 def test_weights_that_are_trained_are_in_float32(base, files):
-    with pytest.raises(ConfigError, match=r"model.dtype=bfloat16 without LoRA: .* train.precision: bf16, or train LoRA"):
+    with pytest.raises(
+        ConfigError, match=r"model.dtype=bfloat16 without LoRA: .* train.precision: bf16, or train LoRA"
+    ):
         ranking(base, files, dtype="bfloat16")
     model = ranking(base, files, dtype="bfloat16", lora={"rank": 2}).model
     assert model.model.dtype == torch.bfloat16

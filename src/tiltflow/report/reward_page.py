@@ -20,6 +20,7 @@ DATA_FILE = "data.json"  # {"total_steps": 12, "train": 45, "validation": {"all"
 TEMPLATE = "reward_template.html"
 MAX_COLUMNS = 6
 LEADING = ("loss", "acc")  # shown before all other metrics
+COUNTS = ("pairs",)  # these follow from the size of the batches: no curve
 SMOOTHED_POINTS = 40  # a curve of training is averaged so that about so many separate values are left
 
 TEXTS = {
@@ -84,6 +85,7 @@ def figures(run: Run) -> list[Figure]:
     sets = validation_sets(run)
     names = list(dict.fromkeys([*run.names("train/"), *(name for key in sets for name in run.names(f"{key}/"))]))
     first = [name for name in LEADING if name in names]
+    names = [name for name in names if name in first or (name not in COUNTS and _ever(run, name, sets))]
     found = [_metric_figure(run, name, sets) for name in [*first, *(name for name in names if name not in first)]]
     found += [_figure(key, [Series(key, *run.curve(key))]) for key in ("grad_norm", "lr")]
     return [figure for figure in found if figure.svg]
@@ -156,6 +158,11 @@ def _row(model: BestModel, columns: Sequence[str]) -> KeptRow:
     values = [model.metrics.get(name) for name in columns]
     cells = ["-" if value is None else f"{value:.4f}" for value in values]
     return KeptRow(f"best/{model.folder.name}", model.step, cells)
+
+
+def _ever(run: Run, name: str, sets: Sequence[str]) -> bool:
+    """Tell whether a metric is ever another number than 0, as a count of what is left out may not be."""
+    return any(value for key in ("train", *sets) for value in run.curve(f"{key}/{name}")[1])
 
 
 def _metric_figure(run: Run, name: str, sets: Sequence[str]) -> Figure:
