@@ -2,12 +2,13 @@
 
 from typing import Final
 
+import torch
 from pydantic import Field, model_validator
 
 from tiltflow.data.drawn_pairs import DrawnPairs, draw_pairs
 from tiltflow.data.image_preferences import ImagePreferences, PairFilter
 from tiltflow.data.pair_sources import open_pairs
-from tiltflow.reward_training.base import Fitting
+from tiltflow.reward_training.base import Batch, Fitting, Shown
 from tiltflow.reward_training.fit_config import FitRunConfig, ImageTextFitConfig, RewardModelConfig, RewardModelKind
 from tiltflow.reward_training.image_text import CLIPRewardModel, PickscoreRewardModel
 from tiltflow.scorers.checkpoints import WeightsFolder
@@ -89,7 +90,7 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
     for name, pairs in validation.items():
         notes.update({f"{name}: {reason}": count for reason, count in pairs.notes.items()})
     captions = list(dict.fromkeys(train.prompts))  # no others: a run may go on with another validation set
-    return Fitting(build_model(model, captions, seed=seed), train, validation, notes)
+    return Fitting(build_model(model, captions, seed=seed), train, validation, notes, shows=show_pairs)
 
 
 def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int) -> CLIPRewardModel:
@@ -115,6 +116,21 @@ def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int)
         freeze_logit_scale=config.freeze_logit_scale,
     )
     return CLIPRewardModel(towers, in_batch_negatives=config.in_batch_negatives)
+
+
+def show_pairs(model: CLIPRewardModel, batch: Batch) -> list[Shown]:
+    """Return the pairs of a batch that count, with label, reward and probability of each image."""
+    rewards = torch.stack(model.pair_rewards(batch), dim=1).float()  # [B, 2]
+    shown: list[Shown] = []
+    for index, chances in enumerate(rewards.softmax(dim=1).tolist()):
+        if batch["weight"][index] > 0:
+            told = zip(batch["label"][index].tolist(), rewards[index].tolist(), chances, strict=True)
+            notes = [
+                f"label {label:g}, reward {reward:.2f}, probability {chance:.2f}" for label, reward, chance in told
+            ]
+            images = [batch[name][index].to(torch.uint8) for name in ("img_0", "img_1")]
+            shown.append(Shown(batch["prompt"][index], images, notes))
+    return shown
 
 
 def _read(pairs: PairsConfig, rules: PairFilter) -> ImagePreferences:
