@@ -30,10 +30,11 @@ def main(folder: Path, kind: str, negatives: float) -> None:
     )
     trainer = RewardTrainer(build_image_text(model, data, seed=0), config, seed=0, distributed=group)
     steps = [dict(step.metrics) for step in trainer.run()]
-    whole = trainer.whole_model()
+    whole, shown = trainer.whole_model(), trainer.shown(4)
     if group.is_main:
         whole.save_pretrained(folder / "model")
         (folder / "steps.json").write_text(json.dumps(steps))
+        (folder / "shown.json").write_text(json.dumps([note for each in shown["held_out"] for note in each.notes]))
         (folder / "units.json").write_text(json.dumps(units(trainer.model)))
     group.close()
 

@@ -1,6 +1,7 @@
 """An image-text reward model trained by one process and by two, with DDP and with FSDP2: the same numbers."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def start(
 def test_two_processes_make_the_run_of_one(tmp_path: Path, kind: str, negatives: float) -> None:
     steps, weights = start(tmp_path / "one", processes=1, kind="ddp", negatives=negatives)
     found, shared = start(tmp_path / "two", processes=2, kind=kind, negatives=negatives)
+    told = [re.findall(r"-?[\d.]+", (tmp_path / count / "shown.json").read_text()) for count in ("one", "two")]
+    ours, theirs = ([float(number) for number in numbers] for numbers in told)
+    assert len(ours) == 4 * 2 * 3 and theirs == pytest.approx(ours, abs=0.011)
     units = json.loads((tmp_path / "two" / "units.json").read_text())
     assert units.count("CLIPEncoderLayer") == (2 if kind == "fsdp" else 0)  # one layer of each tower
     assert len(steps) == 6

@@ -14,6 +14,7 @@ from tiltflow.report.reward_page import DATA_FILE, write_reward_report
 from tiltflow.reward_training.base import Fitting
 from tiltflow.reward_training.best import BestModels, read_model, set_aside, write_model
 from tiltflow.reward_training.fit_config import FitRunConfig, RewardModelKind
+from tiltflow.reward_training.shown import COUNT, FOLDER, pictures, write_shown
 from tiltflow.reward_training.trainer import FitStep, RewardTrainer
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
@@ -118,6 +119,7 @@ class _RewardRun:
         final = self.folder / "model"
         if afresh:
             set_aside(self.folder / "best")
+            set_aside(self.folder / FOLDER)
         elif changed and self.best is not None:
             self.best.forget(after=self.trainer.step)
         there = None if afresh else read_model(final)
@@ -150,6 +152,8 @@ class _RewardRun:
         if best is not None and not unknown:
             self._keep_if_best(step, best)
         trackers.log(step.metrics, step=step.number)
+        if step.validated:
+            self._show(step, trackers)
         due = step.last or unknown or (train.save_every is not None and step.number % train.save_every == 0)
         if step.number > 0 and due:
             state = self.trainer.state()
@@ -163,6 +167,17 @@ class _RewardRun:
         if step.number > 0:
             rate = train.batch_size / step.metrics["step_seconds"]
             bar.advance(loss=step.metrics["train/loss"], rate=rate)
+
+    def _show(self, step: FitStep, trackers: TrackerGroup) -> None:
+        """Make a few validation examples visible, in the report and in the trackers, where there is anything to see."""
+        examples = self.trainer.shown(COUNT)
+        with self.distributed.together():
+            if examples:
+                write_shown(self.folder, examples)
+            for name, shown in examples.items():
+                images = [image for each in shown for image in pictures(each)]
+                captions = [f"{each.caption} | {note}" for each in shown for note in each.notes]
+                trackers.log_images(f"examples/{name}", images, captions, step=step.number)
 
     def _keep_if_best(self, step: FitStep, best: BestModels) -> None:
         main = self.distributed.is_main

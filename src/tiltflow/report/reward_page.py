@@ -14,6 +14,7 @@ from tiltflow.report.charts import Series, Value, line_chart
 from tiltflow.report.contents import Run, read_run
 from tiltflow.report.page import Figure, duration, templates
 from tiltflow.reward_training.best import BestModel, kept_models
+from tiltflow.reward_training.shown import COUNT, FOLDER, INDEX
 from tiltflow.runtime.checkpoint import write_atomically
 
 DATA_FILE = "data.json"  # {"total_steps": 12, "train": 45, "validation": {"all": 21}, "left_out": {"ties": 3}}
@@ -41,10 +42,19 @@ class KeptRow:
     cells: Sequence[str]
 
 
+@dataclass(frozen=True)
+class ExampleRow:
+    """One validation example."""
+
+    set: str
+    caption: str
+    images: Sequence[tuple[Path, str]]  # each with what the model says of it
+
+
 def write_reward_report(run_dir: Path) -> Path:
     """Write `<run_dir>/report.html` from what the folder holds; parts that are missing become a sentence.
 
-    Reads `metrics.jsonl`, `config.yaml`, `data.json` and `best/`.
+    Reads `metrics.jsonl`, `config.yaml`, `data.json`, `best/` and `examples/`.
 
     Returns:
         The report's path.
@@ -61,6 +71,7 @@ def write_reward_report(run_dir: Path) -> Path:
 def render_reward(run: Run) -> str:
     """Return the report as HTML."""
     data, problems = _data(run.folder / DATA_FILE)
+    examples, unread = shown_examples(run.folder / FOLDER)
     models, more = _kept(run)
     columns = columns_of(models, run)
     return (
@@ -69,15 +80,35 @@ def render_reward(run: Run) -> str:
         .render(
             name=run.folder.resolve().name,
             progress=progress_text(run, data.get("total_steps")),
-            problems=[*run.problems, *problems, *more],
+            problems=[*run.problems, *problems, *more, *unread],
             figures=figures(run),
             columns=columns,
             rows=[_row(model, columns) for model in models],
             metric=keep_best(run).get("metric"),
             data=data,
+            examples=examples,
             config=run.config,
         )
     )
+
+
+def shown_examples(folder: Path) -> tuple[list[ExampleRow], list[str]]:
+    """Return the examples of the last validation, at most `COUNT`, and what cannot be read."""
+    path = folder / INDEX
+    if not path.is_file():
+        return [], []
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            ExampleRow(
+                str(each["set"]),
+                str(each["caption"]),
+                [(folder / str(file), str(note)) for file, note in zip(each["images"], each["notes"], strict=True)],
+            )
+            for each in content[:COUNT]
+        ], []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [], [f"{folder.name}/{path.name} cannot be read: {error}"]
 
 
 def figures(run: Run) -> list[Figure]:

@@ -5,7 +5,7 @@ micro-batches, processes and a last batch that is not full; means do not.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -138,6 +138,22 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One example as people look at it.
+
+    Example: `Shown("a red cube", (first, second), ("label 1, reward 3.20", "label 0, reward 1.10"))`.
+    """
+
+    caption: str
+    images: Sequence[Tensor]  # each uint8 [H, W, 3], of any size
+    notes: Sequence[str]  # one of each image
+
+
+# Shows a batch: with the whole model in eval mode, on one process alone and without gradient.
+Shows: TypeAlias = Callable[[Any, Batch], Sequence[Shown]]
+
+
+@dataclass(frozen=True)
 class Fitting:
     """What a training run is made of, once its config has been read and its data looked through."""
 
@@ -145,6 +161,7 @@ class Fitting:
     train: Examples
     validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
+    shows: Shows | None = None  # makes a few validation examples visible; None: there is nothing to look at
 
 
 def _over_processes(values: Sequence[float], *, device: torch.device) -> list[float]:
