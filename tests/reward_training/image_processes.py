@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.reward_training.processes import join
+from tests.reward_training.processes import join, units
 from tests.reward_training.test_image_text_run import SMALL
 from tiltflow.reward_training.fit_config import FitConfig
 from tiltflow.reward_training.image_text_fit import ImageTextDataConfig, ImageTextModelConfig, build_image_text
@@ -30,10 +30,12 @@ def main(folder: Path, kind: str, negatives: float) -> None:
     )
     trainer = RewardTrainer(build_image_text(model, data, seed=0), config, seed=0, distributed=group)
     steps = [dict(step.metrics) for step in trainer.run()]
-    whole = trainer.whole_model()
+    whole, shown = trainer.whole_model(), trainer.shown(4)
     if group.is_main:
         whole.save_pretrained(folder / "model")
         (folder / "steps.json").write_text(json.dumps(steps))
+        (folder / "shown.json").write_text(json.dumps([note for each in shown["held_out"] for note in each.notes]))
+        (folder / "units.json").write_text(json.dumps(units(trainer.model)))
     group.close()
 
 

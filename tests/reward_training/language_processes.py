@@ -1,13 +1,14 @@
 """A short run of a language reward model, on as many processes as it is started on; see test_language_run.py.
 
-Arguments: the model's folder, the pairs, where the results go, and `ddp` or `fsdp`.
+Arguments: the kind of reward model, the model's folder, the data, where the results go, and `ddp` or `fsdp`.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from tests.reward_training.processes import join
+from tests.reward_training.processes import join, units
 from tiltflow.reward_training import FitConfig, LanguageDataConfig, LanguageModelConfig, RewardTrainer, build_language
 
 CONFIG = FitConfig(
@@ -15,24 +16,33 @@ CONFIG = FitConfig(
 )
 
 
-def main(base: str, pairs: str, output: Path, kind: str) -> None:
-    group = join(kind)
+HEAD = {"num_attributes": 2, "attribute_names": ["kind", "long"]}  # of ratings
+
+
+def main(kind: str, base: str, data: str, output: Path, parallel: str) -> None:
+    group = join(parallel)
+    sections: dict[str, Any] = {"head": HEAD} if kind == "regression" else {}
     fitting = build_language(
-        LanguageModelConfig(reward_model_type="binary_ranking", pretrained=base, length_buckets=3),
-        LanguageDataConfig(train=pairs, validation=pairs),
+        LanguageModelConfig.model_validate(
+            {"reward_model_type": kind, "pretrained": base, "length_buckets": 3, "bucket_overhead": 1, **sections}
+        ),
+        LanguageDataConfig(train=data, validation=data),
     )
+    calls: list[int] = []  # rows of each call of the network
+    fitting.model.get_submodule("model").register_forward_hook(lambda module, inputs, found: calls.append(len(found)))
     batch = fitting.train.batch(share := list(group.share(range(6))), [1.0] * len(share))
     loss, metrics = fitting.model.get_loss_and_metrics(batch)
     trainer = RewardTrainer(fitting, CONFIG, seed=3, distributed=group)
+    calls.clear()
     steps = [dict(step.metrics) for step in trainer.run()]
+    answers = {"steps": steps, "loss": loss.item(), "metrics": metrics, "units": units(fitting.model), "calls": calls}
     model = trainer.whole_model()
     if group.is_main:
         model.save_pretrained(output / "model")
-    answers = {"steps": steps, "loss": loss.item(), "metrics": metrics}
     (output / f"rank{group.rank}.json").write_text(json.dumps(answers))
     group.gather(None)
     group.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    main(*sys.argv[1:4], Path(sys.argv[4]), sys.argv[5])

@@ -22,8 +22,9 @@ TRUTH = torch.tensor([1.0, -2.0, 0.5, 0.0])
 class LinearRewardModel(TrainableRewardModel):
     """score(x) = w . dropout(x); the loss is Bradley-Terry, weighted by each pair's weight."""
 
-    def __init__(self, *, dropout: float = 0.0, hidden: int = 0) -> None:
+    def __init__(self, *, dropout: float = 0.0, hidden: int = 0, names: Sequence[str] = ()) -> None:
         super().__init__()
+        self.names = tuple(names)
         inner = [nn.Linear(4, hidden), nn.Tanh()] if hidden else []
         self.frozen = nn.Linear(4, 4)
         nn.init.eye_(self.frozen.weight)
@@ -46,6 +47,10 @@ class LinearRewardModel(TrainableRewardModel):
     def metrics(self, totals: Totals) -> dict[str, float]:
         weight = totals["weight"] or float("nan")
         return {"loss": totals["loss"] / weight, "acc": totals["right"] / weight}
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        return self.names
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +97,7 @@ class LinearConfig(RewardModelConfig):
     reward_model_type: Literal["tests.reward_training.linear.LINEAR"]
     dropout: float = 0.0
     hidden: int = 0
+    names: tuple[str, ...] = ("loss", "acc")  # of metrics
 
 
 class LinearData(Config):
@@ -121,12 +127,12 @@ class LinearRunConfig(FitRunConfig):
 def build_linear(config: LinearRunConfig) -> Fitting:
     torch.manual_seed(config.seed)
     return Fitting(
-        LinearRewardModel(dropout=config.model.dropout, hidden=config.model.hidden),
+        LinearRewardModel(**config.model.model_dump(exclude={"reward_model_type"})),
         VectorPairs(config.data.count, seed=1, bad=config.data.bad),
         {name: VectorPairs(21, seed=2 + index, noise=index) for index, name in enumerate(config.data.sets)},
-        {"ties": 3, "too_long": 0},
+        {"ties": 3, "longer than 5 tokens, truncated": 2, "too_long": 0},
     )
 
 
-LINEAR = RewardModelKind(LinearRunConfig, build_linear)
+LINEAR = RewardModelKind(LinearRunConfig, build_linear, free=("data.sets",))
 NOT_A_KIND = json

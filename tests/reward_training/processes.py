@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tests.reward_training.linear import LinearRewardModel, VectorPairs
 from tiltflow.errors import TiltflowError
@@ -31,16 +33,42 @@ CONFIG = FitConfig(
 
 
 def join(kind: str) -> Distributed:
-    """Join the group; accelerate itself turns FSDP on for GPUs only, so the CPU is talked into it here."""
+    """Join the group; accelerate itself turns FSDP on for GPUs only, so the CPU is talked into it here.
+
+    All other settings of FSDP are those that `accelerate launch` has told the process.
+    """
     group = Distributed()
     if kind == "fsdp":
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
 
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        plugin = FullyShardedDataParallelPlugin()
         group.accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
         assert group.accelerator.is_fsdp2
     return group
+
+
+def command(processes: int, kind: str) -> list[str]:
+    """Return how a program is started on so many processes; what follows is `-m`, its module and its arguments."""
+    if processes == 1:
+        return [sys.executable]
+    words = ["--use_fsdp", "--fsdp_version", "2"] if kind == "fsdp" else ["--multi_gpu"]  # which it starts on CPUs too
+    rest = [
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    return [sys.executable, "-m", "accelerate.commands.launch", *words, *rest, "--main_process_port", "0"]
+
+
+def units(model: nn.Module) -> list[str]:
+    """Return the classes of the modules that FSDP2 gathers one at a time."""
+    return [type(module).__mro__[2].__name__ for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def trainer(group: Distributed, *, bad: int | None = None) -> RewardTrainer:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tiltflow.errors import CheckpointError, ConfigError
-from tiltflow.reward_training.best import BestModels, read_model, write_model
+from tiltflow.reward_training.best import BestModels, read_model, set_aside, write_model
 from tiltflow.reward_training.fit_config import KeepBestConfig
 
 
@@ -43,10 +43,10 @@ def test_a_step_that_comes_again_takes_its_own_place(tmp_path: Path) -> None:
     assert consider(models, {20: 0.4}) == [10, 20]
     models.forget(after=10)
     assert [model.step for model in models.models()] == [10]
-    models.set_aside()
+    set_aside(models.directory)
     assert models.models() == [] and (tmp_path / "best.old" / "step_000010" / "weights").is_file()
     consider(models, {30: 0.5})
-    models.set_aside(), models.set_aside()
+    set_aside(models.directory), set_aside(models.directory)
     assert [path.name for path in (tmp_path / "best.old").iterdir()] == ["step_000030"]
 
 

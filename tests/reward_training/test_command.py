@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from tests.invariant.runs import ROOT, environment
 from tiltflow import cli
-from tiltflow.commands.reward_config import load_reward_config
+from tiltflow.commands.reward_config import find_kind, load_reward_config
 from tiltflow.runtime.tracking import read_jsonl
 
 TYPE = "tests.reward_training.linear.LINEAR"
@@ -125,6 +127,33 @@ def test_another_run_is_not_continued(
     assert f"holds another run ({line})" in capsys.readouterr().err
 
 
+def test_a_remedy_is_not_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    config = write(tmp_path)
+    assert run(config, "--data.sets", "[near]", "--keep_best", "{metric: validation/acc, mode: max, count: 2}") == 0
+    assert "goes on with another value: data.sets: ['near', 'far'] -> ['near']" in capsys.readouterr().err
+    assert (
+        run(
+            config,
+            "--data.count",
+            "40",
+            "--data.sets",
+            "[near]",
+            "--keep_best",
+            "{metric: validation/acc, mode: max, count: 2}",
+        )
+        == 2
+    )
+    assert f"write the new place into {tmp_path / 'out' / 'config.yaml'} too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["image_text", "binary_ranking", "regression"])
+def test_validation_sets_are_no_part_of_what_a_run_is(kind: str) -> None:
+    free = find_kind(kind).free
+    assert "data.validation" in free and not {"data", "data.train", "data.on_bad_record"} & {*free}
+    assert ("data.on_bad_image" in free) == (kind == "image_text")
+
+
 def test_a_run_ended_by_time_goes_on_and_ends_like_one_that_never_stopped(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +224,38 @@ def test_two_processes_leave_the_same_folder(finished: Path, tmp_path: Path) -> 
     assert trees[0] == trees[1]
 
 
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("rewound", ["afresh", "step_000016"])
+def test_the_model_is_of_the_steps_that_were_trained_last(tmp_path: Path, keep_best: bool, rewound: str) -> None:
+    metric = {"metric": "validation_near/loss", "mode": "min"} if keep_best else None
+    config = write(tmp_path, train={"keep_best": metric, "schedule": "constant"})
+    out = tmp_path / "out"
+    assert run(config) == 0
+    first = load_file(out / "model" / "model.safetensors")
+    (out / "latest").unlink()
+    for checkpoint in out.glob("step_*"):
+        if checkpoint.name != rewound:
+            shutil.rmtree(checkpoint)
+    assert run(config, "--train.lr", "0.02") == 0
+    told = json.loads((out / "model" / "metrics.json").read_text())
+    trained = load_file(out / "latest" / "weights.safetensors")
+    model = load_file(out / "model" / "model.safetensors")
+    if told["step"] == 18:  # the last step, trained anew
+        assert all(torch.equal(model[name], value) for name, value in trained.items())
+        assert not torch.equal(first["score.1.weight"], model["score.1.weight"])
+    if not keep_best or rewound == "afresh":
+        former = load_file(out / "model.old" / "model.safetensors")
+        assert all(torch.equal(former[name], value) for name, value in first.items())
+        assert told["step"] == 18
+
+
+def test_notes_are_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(write(tmp_path), "--max_steps", "1") == 0
+    assert "; ties: 3; longer than 5 tokens, truncated: 2; 6 steps an epoch" in capsys.readouterr().err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What was left out or shortened" in page and "too_long" in page and "Nothing was" not in page
+
+
 def test_without_keep_best_the_model_is_the_last(tmp_path: Path) -> None:
     config = write(tmp_path, data={"sets": []}, train={"keep_best": None, "validate_at_start": False})
     assert run(config, "--max_epochs", "1", "--save_every", "null") == 0
@@ -240,6 +301,23 @@ def test_mistakes_are_told_in_a_line(
     error = capsys.readouterr().err
     assert error.startswith("tiltflow train-reward: ") or "; 18 in all" in error or "training examples" in error
     assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("names", [["loss", "acc"], []])
+def test_a_metric_that_is_not_measured_costs_no_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+) -> None:
+    best = {"keep_best": {"metric": "validation_near/auc"}, "validate_at_start": False}
+    assert run(write(tmp_path, model={"names": names}, train=best)) == 2
+    assert "'validation_near/auc' is not measured; legal: validation_far/acc" in capsys.readouterr().err
+    if names:  # known before the first step
+        assert not (tmp_path / "out").exists()
+        return
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "out" / "latest").resolve().name == "step_000003"
+    best["keep_best"] = {"metric": "validation_near/acc", "mode": "max"}
+    assert run(write(tmp_path, model={"names": names}, train=best)) == 0
+    assert len(rows(tmp_path)) == 18
 
 
 def test_a_config_of_another_command_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

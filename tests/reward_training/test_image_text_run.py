@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.data.test_image_preferences import write_lines
 from tests.invariant.runs import ROOT, environment
 from tests.scorers.tiny_clip import save_tokenizer, tiny_model, to_open_clip
+from tests.test_report import Page
 from tiltflow import cli
 from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.config import load_run_config
 from tiltflow.demo.preferences import DrawnPreferences
 from tiltflow.errors import ConfigError, DataError
+from tiltflow.report import write_reward_report
 from tiltflow.reward_training.base import Fitting
 from tiltflow.reward_training.image_text_fit import (
     ImageTextDataConfig,
@@ -28,7 +32,7 @@ from tiltflow.reward_training.image_text_fit import (
     build_model,
 )
 from tiltflow.rewards import build_reward
-from tiltflow.runtime.tracking import read_jsonl
+from tiltflow.runtime.tracking import JsonlTracker, read_jsonl
 
 SMALL = {"vision_width": 16, "vision_layers": 1, "text_width": 16, "text_layers": 1, "embedding": 8, "patch_size": 16}
 
@@ -53,18 +57,60 @@ def write(folder: Path, **sections: Any) -> Path:
 
 
 def test_a_run_ends_with_a_model_that_scores(tmp_path: Path) -> None:
-    best = {"keep_best": {"metric": "validation/accuracy", "mode": "max"}}
+    best = {"keep_best": {"metric": "validation/acc", "mode": "max"}}
     assert cli.main(["train-reward", str(write(tmp_path, train={**best, "max_steps": 4}))]) == 0
     rows = list(read_jsonl(tmp_path / "out" / "metrics.jsonl"))
-    measured = [row for row in rows if "validation/accuracy" in row]
+    measured = [row for row in rows if "validation/acc" in row]
     assert len(measured) == 2
     assert all(row["validation/pairs"] == 21 for row in measured)  # every one once, in batches that do not divide them
-    assert {"train/loss", "train/accuracy", "train/logit_scale", "train/skipped"} <= rows[0].keys()
+    assert {"train/loss", "train/acc", "train/logit_scale", "train/skipped"} <= rows[0].keys()
     reward = build_reward("PickScore", device="cpu", model_name_or_path=str(tmp_path / "out" / "model"))
     assert (
         torch.as_tensor(reward(prompt=["a photo of a star"], image=torch.rand(1, 3, 64, 64)).rewards).isfinite().all()
     )
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_validation_pairs_are_shown_in_the_report_and_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[str, int, list[str], int]] = []
+
+    def log_images(self: JsonlTracker, name: str, images: Any, captions: Any, *, step: int) -> None:
+        logged.append((name, len(images), list(captions), step))
+
+    monkeypatch.setattr(JsonlTracker, "log_images", log_images)
+    held_out = {"drawn": {"pairs": 30, "prompts": "test"}}
+    sets = {"validation": {"held_out": held_out, "few": {"drawn": {"pairs": 3}}}}
+    config = write(tmp_path, data=sets)
+    assert cli.main(["train-reward", str(config)]) == 0
+    found = [(name, count, step) for name, count, _, step in logged]
+    assert found == [
+        (name, count, step) for step in (2, 4) for name, count in (("examples/few", 6), ("examples/held_out", 16))
+    ]
+    out = tmp_path / "out"
+    shown = json.loads((out / "examples" / "examples.json").read_text())
+    assert [each["set"] for each in shown] == ["few"] * 3 + ["held_out"] * 8
+
+    # What is told is what the finished model gives, which is the last one here.
+    reward = build_reward("PickScore", device="cpu", model_name_or_path=str(out / "model"), divisor=1)
+    for each in shown:
+        images = [to_tensor(out / "examples" / file) for file in each["images"]]
+        scores = torch.as_tensor(reward(prompt=[each["caption"]] * 2, image=torch.stack(images)).rewards)
+        for note, score, chance in zip(each["notes"], scores, scores.softmax(0), strict=True):
+            told = re.fullmatch(r"label (0|1|0\.5), reward (-?[\d.]+), probability ([\d.]+)", note)
+            assert told is not None
+            assert float(told[2]) == pytest.approx(score.item(), abs=0.01)
+            assert float(told[3]) == pytest.approx(chance.item(), abs=0.011)
+    page = Page((out / "report.html").read_text())
+    assert page.tags.count("img") == 22 and all(each.startswith("data:image/png;") for each in page.resources)
+    assert all(note in page.text for each in shown for note in each["notes"])
+    (out / "examples" / "examples.json").write_text("[1]")
+    assert "examples/examples.json cannot be read" in write_reward_report(out).read_text()
+
+
+def to_tensor(path: Path) -> torch.Tensor:
+    """Return an image, `[3, H, W]` in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) / 255
 
 
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
@@ -76,6 +122,26 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
         rows = read_jsonl(tmp_path / str(size) / "out" / "metrics.jsonl")
         losses.append([row["train/loss"] for row in rows if "train/loss" in row])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("negatives", [0.0, 0.5])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, negatives: float) -> None:
+    ends = []
+    for name, stops in (("whole", [6]), ("broken", [2, 3, 6])):
+        (tmp_path / name).mkdir()
+        model = {"in_batch_negatives": negatives}
+        config = write(tmp_path / name, model=model, train={"schedule": "constant", "save_every": 1, "max_steps": 6})
+        for stop in stops:
+            assert cli.main(["train-reward", str(config), "--max_steps", str(stop)]) == 0
+        out = tmp_path / name / "out"
+        rows = [
+            {key: value for key, value in row.items() if key.startswith(("train/", "grad", "lr"))}
+            for row in read_jsonl(out / "metrics.jsonl")
+        ]
+        files = ("latest/weights.safetensors", "latest/optimizer.safetensors", "model/model.safetensors")
+        ends.append((rows, [(out / file).read_bytes() for file in files]))
+    assert len(ends[0][0]) == 6 and ends[0] == ends[1]
 
 
 def bad_images(folder: Path) -> dict[str, Any]:
@@ -292,7 +358,7 @@ def test_the_chain_from_drawn_pairs_to_a_tilted_generator(tmp_path: Path) -> Non
     words += ["--in_batch_negatives", "0", "--train.lr", "2e-3"]
     assert cli.main(["train-reward", "shapes_preference", *words]) == 0
     rows = read_jsonl(tmp_path / "reward" / "metrics.jsonl")
-    accuracy = max(row["validation/accuracy"] for row in rows if "validation/accuracy" in row)
+    accuracy = max(row["validation/acc"] for row in rows if "validation/acc" in row)
     assert accuracy >= 0.7  # chance is 0.5; the packaged run goes much further
     entry = f"reward_model: PickScore, model_name_or_path: {tmp_path / 'reward' / 'model'}, divisor: 1"
     rewards = f"[{{name: mine, {entry}}}]"

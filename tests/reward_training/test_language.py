@@ -95,7 +95,7 @@ def test_metrics_are_those_of_the_rewards(base, files):
     model = fitting.model.eval()
     with torch.no_grad():
         _, metrics = summed(model, fitting.train, [(range(13), [1.0] * 13)])
-    assert set(metrics) == KEYS
+    assert set(metrics) == KEYS == set(model.metric_names)
     chosen, rejected = (model.model.score([pair[side] for pair in PAIRS]) for side in ("chosen", "rejected"))
     both = torch.cat([chosen, rejected])
     expected = {
@@ -302,6 +302,7 @@ def test_regression_learns_the_attributes_that_are_rated(tmp_path):
     fitting = regression(folder, {"ratings": str(tmp_path / "ratings.jsonl")}, data=data)
     fit(fitting, steps=150, lr=3e-3)
     metrics = measure(fitting.model, fitting.train)
+    assert tuple(metrics) == fitting.model.metric_names
     assert metrics["loss"] < 0.15 and metrics["mae"] < 0.3
     scores = fitting.model.eval().model.score(["w1 good good good", "w1 bad bad bad"])
     assert scores.shape == (2, 2)
@@ -323,3 +324,13 @@ def test_gradient_checkpointing_changes_no_number(base, files):
     assert results[0][0] == results[1][0]
     for one, other in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_weights_that_are_trained_are_in_float32(base, files):
+    with pytest.raises(
+        ConfigError, match=r"model.dtype=bfloat16 without LoRA: .* train.precision: bf16, or train LoRA"
+    ):
+        ranking(base, files, dtype="bfloat16")
+    model = ranking(base, files, dtype="bfloat16", lora={"rank": 2}).model
+    assert model.model.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}

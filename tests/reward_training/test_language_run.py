@@ -2,8 +2,9 @@
 
 import json
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.invariant.runs import ROOT, environment
+from tests.reward_training.processes import command
 from tests.reward_training.real_text import save_model, write_pairs
 from tests.scorers.tiny_language import save_causal
 from tiltflow.cli import main
+from tiltflow.reward_training import REWARD_MODEL_CLASS_DICT, RewardModelType
 from tiltflow.rewards import build_reward
 from tiltflow.scorers import LanguageRewardModel
 
@@ -90,7 +93,7 @@ def test_a_run_by_the_command_line_is_resumed_and_leaves_a_classifier(tmp_path, 
     assert main(["train-reward", config]) == 2
     assert f"{tmp_path / 'data.jsonl'}, line 17: missing key" in capsys.readouterr().err
     assert main(["train-reward", config, "--on_bad_record", "skip", "--max_steps", "2"]) == 0
-    assert "1 left out: train: missing key, left out" in capsys.readouterr().err
+    assert "; train: missing key, left out: 1; " in capsys.readouterr().err
     assert main(["train-reward", config, "--on_bad_record", "skip", "--max_epochs", "2"]) == 0
     assert "resuming" in capsys.readouterr().err
     rows = rows_of(tmp_path)
@@ -102,37 +105,57 @@ def test_a_run_by_the_command_line_is_resumed_and_leaves_a_classifier(tmp_path, 
     torch.testing.assert_close(adapted.score(["w1 w2"]), found.score(["w1 w2"]), atol=1e-5, rtol=1e-5)
 
 
+def start(folder: Path, *, kind: str, base: str, data: Path, processes: int, parallel: str) -> list[dict[str, Any]]:
+    """Run the program and return what each process found."""
+    folder.mkdir()
+    program = ["-m", "tests.reward_training.language_processes", kind, base, data, folder, parallel]
+    done = subprocess.run(
+        [*command(processes, parallel), *program],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def write_data(folder: Path, kind: str) -> Path:
+    """Write 21 records of very unequal lengths; of ratings, every second lacks one of its two."""
+    if kind == "regression":
+        records = [{"text": f"w{n} " * (n % 7 + 1), "label": [n % 5, -100 if n % 3 else 1]} for n in range(21)]
+    else:
+        records = [{"chosen": f"w{n} good " * (n % 7 + 1), "rejected": f"w{n} bad " * (n % 3 + 1)} for n in range(21)]
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_make_the_run_of_one(tmp_path, kind):
-    base = save_causal(tmp_path / "base")
-    pairs = tmp_path / "pairs.jsonl"
-    records = [{"chosen": f"w{n} good " * (n % 7 + 1), "rejected": f"w{n} bad " * (n % 3 + 1)} for n in range(21)]
-    pairs.write_text("\n".join(json.dumps(record) for record in records))
-    answers = []
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        output.mkdir()
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        how = kind if processes > 1 else "ddp"
-        program = ["-m", "tests.reward_training.language_processes", base, pairs, output, how]
-        done = subprocess.run(
-            [*(launcher if processes > 1 else [sys.executable]), *program],
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        answers.append([json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)])
-    (alone,), (first, second) = answers
-    assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], abs=1e-6)
-    assert first["metrics"] == second["metrics"] == pytest.approx(alone["metrics"], abs=1e-5)
-    for one, other in zip(first["steps"], alone["steps"], strict=True):
-        one, other = ({k: v for k, v in step.items() if not k.endswith("seconds")} for step in (one, other))
-        assert one == pytest.approx(other, abs=2e-4, rel=2e-4)
-    texts = ["w1 good", "bad w3 w3"]
-    scores = [LanguageRewardModel.from_pretrained(tmp_path / n / "model").eval().score(texts) for n in ("1", "2")]
-    torch.testing.assert_close(*scores, atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize(
+    ("kind", "name"), [(each.value, REWARD_MODEL_CLASS_DICT[each].__name__) for each in RewardModelType]
+)
+def test_two_processes_make_the_run_of_one(tmp_path, kind, name):
+    base, data = save_causal(tmp_path / "base"), write_data(tmp_path, kind)
+    run = partial(start, kind=kind, base=base, data=data)
+    (alone,) = run(tmp_path / "alone", processes=1, parallel="ddp")
+    for parallel in ("ddp", "fsdp"):
+        first, second = run(tmp_path / parallel, processes=2, parallel=parallel)
+        assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+        assert first["metrics"] == second["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+        for one, other in zip(first["steps"], alone["steps"], strict=True):
+            one, other = ({k: v for k, v in step.items() if not k.endswith("seconds")} for step in (one, other))
+            assert one == pytest.approx(other, abs=1e-6, rel=1e-6)
+        texts = ["w1 good", "bad w3 w3"]
+        folders = (tmp_path / each / "model" for each in ("alone", parallel))
+        scores = [LanguageRewardModel.from_pretrained(folder).eval().score(texts) for folder in folders]
+        torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-6)
+        if parallel == "fsdp":  # weights are gathered layer by layer, and as often on every process
+            assert sorted(first["units"]) == sorted([name, "LlamaDecoderLayer", "LlamaDecoderLayer"])
+            assert len(first["calls"]) == len(second["calls"])
+        else:
+            assert first["units"] == []
+            # Buckets follow from each process's own lengths; DDP minds no unequal number of calls.
+            assert kind == "regression" or len(first["calls"]) != len(second["calls"])

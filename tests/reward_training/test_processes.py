@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,15 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.invariant.runs import ROOT, environment
+from tests.reward_training.processes import command
 
 Answers = dict[str, Any]
 
 
 def start(folder: Path, *, processes: int, kind: str = "ddp") -> list[Answers]:
     """Run the program and return what each process found."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*(launcher if processes > 1 else [sys.executable]), "-m", "tests.reward_training.processes", folder, kind],
+        [*command(processes, kind), "-m", "tests.reward_training.processes", folder, kind],
         env=environment(),
         cwd=ROOT,
         capture_output=True,

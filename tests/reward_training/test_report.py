@@ -21,6 +21,7 @@ def make_folder(folder: Path, *, steps: int = 80, data: dict[str, Any] | None = 
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         row: dict[str, Any] = {"step": step, "time": 0.0, "train/loss": 1 / step, "train/acc": 0.5, "lr": 1e-5}
+        row |= {"train/pairs": 8.0, "train/skipped": 0.0, "train/unreadable": float(step == 7)}
         row |= {"grad_norm": None if step == 3 else 1.0, "samples": 8.0 * step, "step_seconds": 0.5}
         if step % 20 == 0:
             row |= {"validation_a/loss": 0.5, "validation_a/acc": step / 100, "validation_b/margin": 2.0}
@@ -41,7 +42,7 @@ def test_curves_of_training_and_of_each_set(tmp_path: Path) -> None:
     run = read_run(make_folder(tmp_path))
     assert validation_sets(run) == ["validation_a", "validation_b"]
     found = {figure.title: figure for figure in figures(run)}
-    assert list(found) == ["loss", "acc", "margin", "grad_norm", "lr"]
+    assert list(found) == ["loss", "acc", "unreadable", "margin", "grad_norm", "lr"]
     assert "train" in found["loss"].svg and "validation_a" in found["loss"].svg
     assert "means of 2 steps" in found["loss"].text and "learns its examples by heart" in found["loss"].text
     assert "<path" in found["margin"].svg and "train" not in found["margin"].svg
@@ -56,7 +57,7 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path) -> None:
     assert page.resources == [] and "script" not in page.tags and "b" not in page.tags
     assert "best/step_000040 40 0.4000 0.5000 best/step_000020 20 0.2000 0.5000" in page.text
     assert "By validation_a/acc" in page.text and "<b>ties</b> 4" in page.text
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
 
 
 def test_missing_and_damaged_parts_become_sentences(tmp_path: Path) -> None:

@@ -294,6 +294,11 @@ def test_a_schedule_needs_steps() -> None:
     with pytest.raises(ConfigError, match=r"warmup_steps=10 and train.constant_steps=1000 leave none of 1010 steps"):
         check_schedule(config, 1010)
     check_schedule(FitConfig(schedule="constant", warmup_steps=10), 5)
+    open_end = FitConfig(schedule="cosine", warmup_steps=1, constant_steps=None, lr=1.0, min_lr=0.5)
+    assert [open_end.last_steps(total) for total in (9, 20, 9_999, 10_000, 10**6)] == [0, 2, 999, 1000, 1000]
+    assert [learning_rate(open_end, step, 20) == 0.5 for step in range(16, 20)] == [False, False, True, True]
+    for total in range(3, 1012):  # runs shorter than 1,000 steps are no mistake
+        check_schedule(open_end, total)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def changed_keys(
     config: Config,
     identity: tuple[str, ...],
     *,
+    free: tuple[str, ...] = (),
     compared: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> list[str]:
     """Compare a run's saved config with the one it is resumed with.
@@ -67,6 +68,7 @@ def changed_keys(
         path: The saved config; a missing one compares as equal.
         config: The new one.
         identity: Beginnings of the keys that make it another run.
+        free: Keys among these that do not, with all that is under them.
         compared: Returns what counts of a config's values.
 
     Returns:
@@ -84,8 +86,11 @@ def changed_keys(
         if before.get(key) == now.get(key):
             continue
         line = f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        if key.startswith(identity):
-            raise ConfigError(f"{path.parent} holds another run ({line}); choose another output_dir, or keep the value")
+        if key.startswith(identity) and not any(f"{key}.".startswith(f"{name}.") for name in free):
+            raise ConfigError(
+                f"{path.parent} holds another run ({line}); choose another output_dir, or keep the value (of what has "
+                f"only moved, such as a file, write the new place into {path} too)"
+            )
         lines.append(line)
     return lines
 

@@ -12,14 +12,15 @@ from tiltflow.commands.reward_config import load_reward_config
 from tiltflow.commands.run_folder import changed_keys, newest_checkpoint, start_trackers, warn
 from tiltflow.report.reward_page import DATA_FILE, write_reward_report
 from tiltflow.reward_training.base import Fitting
-from tiltflow.reward_training.best import BestModels, read_model, write_model
+from tiltflow.reward_training.best import BestModels, read_model, set_aside, write_model
 from tiltflow.reward_training.fit_config import FitRunConfig, RewardModelKind
+from tiltflow.reward_training.shown import COUNT, FOLDER, pictures, write_shown
 from tiltflow.reward_training.trainer import FitStep, RewardTrainer
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
 
-# A run in which one of these changes is another run; each kind of reward model adds its own.
+# A run in which one of these changes is another run; each kind of reward model adds its own, and excepts some of them.
 IDENTITY = ("seed", "train.batch_size", "train.shuffle", "train.length_window")
 
 
@@ -71,8 +72,9 @@ class _RewardRun:
         self.distributed = distributed
         self.folder = Path(str(config.output_dir))
         self.store = CheckpointStore(self.folder, keep=config.train.keep, unit="step")
-        best = config.train.keep_best
-        self.best = None if best is None else BestModels(self.folder / "best", best, sets=fitting.validation)
+        best, names = config.train.keep_best, fitting.model.metric_names
+        folder = self.folder / "best"
+        self.best = None if best is None else BestModels(folder, best, sets=fitting.validation, names=names)
 
     def to_the_end(self) -> None:
         """Resume, train, and leave the finished model."""
@@ -100,14 +102,12 @@ class _RewardRun:
         checkpoint = newest_checkpoint(self.store, self.distributed)
         changed = list[str]()
         if checkpoint is not None:
-            changed = changed_keys(self.folder / CONFIG_FILE, self.config, (*IDENTITY, *self.kind.identity))
+            identity = (*IDENTITY, *self.kind.identity)
+            changed = changed_keys(self.folder / CONFIG_FILE, self.config, identity, free=self.kind.free)
             self.trainer.load(checkpoint)
         with self.distributed.together():
-            if self.distributed.is_main and self.best is not None:
-                if checkpoint is None:
-                    self.best.set_aside()
-                elif changed:
-                    self.best.forget(after=self.trainer.step)
+            if self.distributed.is_main:
+                self._make_room(afresh=checkpoint is None, changed=bool(changed))
         if checkpoint is not None and self.distributed.is_main:
             for line in changed:
                 warn(f"{self.folder} goes on with another value: {line}")
@@ -124,6 +124,18 @@ class _RewardRun:
         }
         write_atomically(self.folder / DATA_FILE, json.dumps(content, indent=1))
 
+    def _make_room(self, *, afresh: bool, changed: bool) -> None:
+        """Move away, or remove, models of steps that this start will train, perhaps to other weights."""
+        final = self.folder / "model"
+        if afresh:
+            set_aside(self.folder / "best")
+            set_aside(self.folder / FOLDER)
+        elif changed and self.best is not None:
+            self.best.forget(after=self.trainer.step)
+        there = None if afresh else read_model(final)
+        if there is None or there.step > self.trainer.step:
+            set_aside(final)
+
     def _describe_data(self) -> None:
         """Tell how much data there is and what was left out, on the console and for the report."""
         if not self.distributed.is_main:
@@ -132,7 +144,7 @@ class _RewardRun:
         trainer = self.trainer
         sets = {name: len(examples) for name, examples in self.fitting.validation.items()}
         told = [f"{len(self.fitting.train)} training examples", *(f"{count} of {name}" for name, count in sets.items())]
-        told += [f"{count} left out: {why}" for why, count in self.fitting.notes.items() if count]
+        told += [f"{why}: {count}" for why, count in self.fitting.notes.items() if count]
         steps = f"{trainer.batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all"
         print(f"{'; '.join(told)}; {steps}", file=sys.stderr)
         for remark in self.fitting.remarks:
@@ -141,22 +153,38 @@ class _RewardRun:
     def _after_step(self, step: FitStep, trackers: TrackerGroup, bar: ProgressBar) -> None:
         """Keep the model if it is among the best, log, and save when due."""
         train = self.config.train
-        if step.validated and self.best is not None:
-            self.best.check(step.metrics)
-            self._keep_if_best(step, self.best)
+        best = self.best if step.validated else None
+        unknown = best is not None and best.config.metric not in step.metrics
+        if best is not None and not unknown:
+            self._keep_if_best(step, best)
         trackers.log(step.metrics, step=step.number)
-        due = step.last or (train.save_every is not None and step.number % train.save_every == 0)
+        if step.validated:
+            self._show(step, trackers)
+        due = step.last or unknown or (train.save_every is not None and step.number % train.save_every == 0)
         if step.number > 0 and due:
             state = self.trainer.state()
             with self.distributed.together():
                 if self.distributed.is_main:
                     self.store.save(step.number, partial(self.trainer.save, state=state))
                     self._write_data()  # what has been found since; every process's, because of `state`
+        if best is not None and unknown:
+            best.check(step.metrics)  # only now: what has been trained is not lost
         if self.distributed.is_main and (due or step.validated):
             write_reward_report(self.folder)
         if step.number > 0:
             rate = train.batch_size / step.metrics["step_seconds"]
             bar.advance(loss=step.metrics["train/loss"], rate=rate)
+
+    def _show(self, step: FitStep, trackers: TrackerGroup) -> None:
+        """Make a few validation examples visible, in the report and in the trackers, where there is anything to see."""
+        examples = self.trainer.shown(COUNT)
+        with self.distributed.together():
+            if examples:
+                write_shown(self.folder, examples)
+            for name, shown in examples.items():
+                images = [image for each in shown for image in pictures(each)]
+                captions = [f"{each.caption} | {note}" for each in shown for note in each.notes]
+                trackers.log_images(f"examples/{name}", images, captions, step=step.number)
 
     def _keep_if_best(self, step: FitStep, best: BestModels) -> None:
         main = self.distributed.is_main
@@ -178,7 +206,7 @@ class _RewardRun:
                 warn(f"{self.best.config.metric} never had a value: model/ is the last model, not the best")
             number = chosen.step if chosen is not None else self.trainer.step
             there = read_model(final) if main else None
-            missing = there is None or there.step != number
+            missing = there is None or there.step != number or last is not None
         chosen_folder, missing = self.distributed.gather((chosen and chosen.folder, missing))[0]
         if missing:
             model = self.trainer.whole_model() if chosen_folder is None else None

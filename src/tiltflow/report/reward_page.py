@@ -14,19 +14,20 @@ from tiltflow.report.charts import Series, Value, line_chart
 from tiltflow.report.contents import Run, read_run
 from tiltflow.report.page import Figure, duration, templates
 from tiltflow.reward_training.best import BestModel, kept_models
+from tiltflow.reward_training.shown import COUNT, FOLDER, INDEX
 from tiltflow.runtime.checkpoint import write_atomically
 
 DATA_FILE = "data.json"  # {"total_steps": 12, "train": 45, "validation": {"all": 21}, "left_out": {"ties": 3}}
 TEMPLATE = "reward_template.html"
 MAX_COLUMNS = 6
-LEADING = ("loss", "acc", "accuracy")  # shown before all other metrics
+LEADING = ("loss", "acc")  # shown before all other metrics
+COUNTS = ("pairs",)  # these follow from the size of the batches: no curve
 SMOOTHED_POINTS = 40  # a curve of training is averaged so that about so many separate values are left
 
 TEXTS = {
     "loss": "What training descends. A loss that falls in training and rises in validation means that the model learns "
     "its examples by heart.",
     "acc": "How often the preferred one of a pair has the higher score.",
-    "accuracy": "How often the preferred one of a pair has the higher score.",
     "grad_norm": "The length of each step's gradient before it was clipped.",
     "lr": "The learning rate.",
 }
@@ -41,10 +42,19 @@ class KeptRow:
     cells: Sequence[str]
 
 
+@dataclass(frozen=True)
+class ExampleRow:
+    """One validation example."""
+
+    set: str
+    caption: str
+    images: Sequence[tuple[Path, str]]  # each with what the model says of it
+
+
 def write_reward_report(run_dir: Path) -> Path:
     """Write `<run_dir>/report.html` from what the folder holds; parts that are missing become a sentence.
 
-    Reads `metrics.jsonl`, `config.yaml`, `data.json` and `best/`.
+    Reads `metrics.jsonl`, `config.yaml`, `data.json`, `best/` and `examples/`.
 
     Returns:
         The report's path.
@@ -61,6 +71,7 @@ def write_reward_report(run_dir: Path) -> Path:
 def render_reward(run: Run) -> str:
     """Return the report as HTML."""
     data, problems = _data(run.folder / DATA_FILE)
+    examples, unread = shown_examples(run.folder / FOLDER)
     models, more = _kept(run)
     columns = columns_of(models, run)
     return (
@@ -69,15 +80,35 @@ def render_reward(run: Run) -> str:
         .render(
             name=run.folder.resolve().name,
             progress=progress_text(run, data.get("total_steps")),
-            problems=[*run.problems, *problems, *more],
+            problems=[*run.problems, *problems, *more, *unread],
             figures=figures(run),
             columns=columns,
             rows=[_row(model, columns) for model in models],
             metric=keep_best(run).get("metric"),
             data=data,
+            examples=examples,
             config=run.config,
         )
     )
+
+
+def shown_examples(folder: Path) -> tuple[list[ExampleRow], list[str]]:
+    """Return the examples of the last validation, at most `COUNT`, and what cannot be read."""
+    path = folder / INDEX
+    if not path.is_file():
+        return [], []
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            ExampleRow(
+                str(each["set"]),
+                str(each["caption"]),
+                [(folder / str(file), str(note)) for file, note in zip(each["images"], each["notes"], strict=True)],
+            )
+            for each in content[:COUNT]
+        ], []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [], [f"{folder.name}/{path.name} cannot be read: {error}"]
 
 
 def figures(run: Run) -> list[Figure]:
@@ -85,6 +116,7 @@ def figures(run: Run) -> list[Figure]:
     sets = validation_sets(run)
     names = list(dict.fromkeys([*run.names("train/"), *(name for key in sets for name in run.names(f"{key}/"))]))
     first = [name for name in LEADING if name in names]
+    names = [name for name in names if name in first or (name not in COUNTS and _ever(run, name, sets))]
     found = [_metric_figure(run, name, sets) for name in [*first, *(name for name in names if name not in first)]]
     found += [_figure(key, [Series(key, *run.curve(key))]) for key in ("grad_norm", "lr")]
     return [figure for figure in found if figure.svg]
@@ -157,6 +189,11 @@ def _row(model: BestModel, columns: Sequence[str]) -> KeptRow:
     values = [model.metrics.get(name) for name in columns]
     cells = ["-" if value is None else f"{value:.4f}" for value in values]
     return KeptRow(f"best/{model.folder.name}", model.step, cells)
+
+
+def _ever(run: Run, name: str, sets: Sequence[str]) -> bool:
+    """Tell whether a metric is ever another number than 0, as a count of what is left out may not be."""
+    return any(value for key in ("train", *sets) for value in run.curve(f"{key}/{name}")[1])
 
 
 def _metric_figure(run: Run, name: str, sets: Sequence[str]) -> Figure:

@@ -1,6 +1,6 @@
 """Fits reward models, for images with text and for language, to preferences and ratings."""
 
-from tiltflow.reward_training.base import Batch, Examples, Fitting, Totals, TrainableRewardModel
+from tiltflow.reward_training.base import Batch, Examples, Fitting, Shown, Totals, TrainableRewardModel
 from tiltflow.reward_training.fit_config import (
     FitConfig,
     FitRunConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "RewardModelKind",
     "RewardModelType",
     "RewardTrainer",
+    "Shown",
     "Totals",
     "TrainableRewardModel",
     "bradley_terry",

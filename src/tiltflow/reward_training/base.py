@@ -6,7 +6,7 @@ micro-batches, processes and a last batch that is not full; means do not.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -31,6 +31,14 @@ class TrainableRewardModel(nn.Module, ABC):
     one whose rows all have weight 0.
     """
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Names of the classes of modules that FSDP2 gathers one at a time: the layers of a transformer, if it has any.
+
+        All processes must call each of them equally often in a `forward`.
+        """
+        return ()
+
     @abstractmethod
     def weight(self, batch: Batch) -> float:
         """Return how much a batch counts in the mean loss of its step: its pairs, labels or weights; maybe 0."""
@@ -49,6 +57,11 @@ class TrainableRewardModel(nn.Module, ABC):
     @abstractmethod
     def metrics(self, totals: Totals) -> dict[str, float]:
         """Return metrics from sums over any number of batches: always `loss`; NaN where nothing was counted."""
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """What `metrics` returns, so that a wrong `keep_best.metric` is found before the first step; () is unknown."""
+        return ()
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
@@ -126,6 +139,22 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One example as people look at it.
+
+    Example: `Shown("a red cube", (first, second), ("label 1, reward 3.20", "label 0, reward 1.10"))`.
+    """
+
+    caption: str
+    images: Sequence[Tensor]  # each uint8 [H, W, 3], of any size
+    notes: Sequence[str]  # one of each image
+
+
+# Shows a batch: with the whole model in eval mode, on one process alone and without gradient.
+Shows: TypeAlias = Callable[[Any, Batch], Sequence[Shown]]
+
+
+@dataclass(frozen=True)
 class Fitting:
     """What a training run is made of, once its config has been read and its data looked through."""
 
@@ -134,6 +163,7 @@ class Fitting:
     validation: Mapping[str, Examples] = field(default_factory=dict[str, Examples])  # by name; may be empty
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # what was left out of the data, and how often
     remarks: Sequence[str] = ()  # what the user may not have meant
+    shows: Shows | None = None  # makes a few validation examples visible; None: there is nothing to look at
     # What is only found when examples are read: set (`train`, `validation NAME`) -> record -> why it is left out.
     # `batch` adds to it; the trainer brings together what several processes find, and keeps it in checkpoints.
     found: Mapping[str, dict[int, str]] = field(default_factory=dict[str, dict[int, str]])

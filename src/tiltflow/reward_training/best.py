@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import CheckpointError, ConfigError
-from tiltflow.reward_training.fit_config import KeepBestConfig
+from tiltflow.reward_training.fit_config import KeepBestConfig, validation_prefixes
 from tiltflow.runtime.files import replacing_folder
 from tiltflow.runtime.plain import plain
 
@@ -32,22 +32,27 @@ class BestModels:
         directory: The folder of the models; made when the first is kept.
         config: Which metric decides, and how many are kept.
         sets: Names of the validation sets.
+        names: The metrics that each of them measures; empty where that is not known before.
 
     Raises:
-        ConfigError: The metric cannot be one of these sets.
+        ConfigError: The metric cannot be one of these sets, or is not among these names.
     """
 
-    def __init__(self, directory: Path, config: KeepBestConfig, *, sets: Iterable[str]) -> None:
-        names = list(sets)
-        prefixes = ["validation/"] if len(names) == 1 else [f"validation_{name}/" for name in names]
-        if not config.metric.startswith(tuple(prefixes)):
-            legal = ", ".join(f"{prefix}loss" for prefix in prefixes)
+    def __init__(
+        self, directory: Path, config: KeepBestConfig, *, sets: Iterable[str], names: Iterable[str] = ()
+    ) -> None:
+        prefixes = validation_prefixes(sets).values()
+        if not config.metric.startswith(tuple(f"{prefix}/" for prefix in prefixes)):
+            legal = ", ".join(f"{prefix}/loss" for prefix in prefixes)
             raise ConfigError(
                 f"train.keep_best.metric={config.metric!r} is no metric of a validation set; "
                 + (f"such are: {legal}" if legal else "there is none: give the data a validation set")
             )
         self.directory = directory
         self.config = config
+        known = list(names)
+        if known:
+            self.check([f"{prefix}/{name}" for prefix in prefixes for name in known])
 
     def check(self, metrics: Iterable[str]) -> None:
         """Check that a validation measures the metric.
@@ -87,13 +92,6 @@ class BestModels:
             if model.step > after:
                 shutil.rmtree(model.folder)
 
-    def set_aside(self) -> None:
-        """Make room for a new run: models of an earlier one move to `<directory>.old`, where they replace others."""
-        former = self.directory.with_name(f"{self.directory.name}.old")
-        if self.directory.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            self.directory.rename(former)
-
     def models(self) -> list[BestModel]:
         """Return what is kept, the best first."""
         return sorted(kept_models(self.directory), key=self._rank_of)
@@ -131,6 +129,14 @@ def read_model(folder: Path) -> BestModel | None:
         return BestModel(folder, int(content["step"]), dict(content["metrics"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove the folder, or restore it") from error
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a new run: a folder of an earlier one moves to `<folder>.old`, where it replaces another."""
+    former = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
 
 
 def write_model(folder: Path, step: int, metrics: Mapping[str, float], write: Callable[[Path], object]) -> None:

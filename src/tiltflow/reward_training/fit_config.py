@@ -1,7 +1,7 @@
 """How a reward model is trained, and what the config of such a run holds beside that."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -41,7 +41,8 @@ class FitConfig(Config):
     weight_decay: float = Field(default=0.01, ge=0)  # of weights; vectors and scalars have none
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(default=0, ge=0)
-    constant_steps: int = Field(default=0, ge=0)  # at min_lr, at the end
+    # At min_lr, at the end; None: a tenth of the run, at most 1,000.
+    constant_steps: int | None = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and optimizer stay as they are
@@ -68,6 +69,10 @@ class FitConfig(Config):
         limits = [self.max_steps, None if self.max_epochs is None else self.max_epochs * steps_per_epoch]
         return min(limit for limit in limits if limit is not None)
 
+    def last_steps(self, total: int) -> int:
+        """Return how many steps at the end of a run of so many stay at `min_lr`."""
+        return min(1000, total // 10) if self.constant_steps is None else self.constant_steps
+
     def validation_interval(self, steps_per_epoch: int) -> int | None:
         """Return every how many steps the model is validated; None for at the end only."""
         if isinstance(self.validate_every, float):
@@ -90,12 +95,13 @@ class ImageTextFitConfig(FitConfig):
 class LanguageFitConfig(FitConfig):
     """The usual settings for reward models of language with some billion weights."""
 
+    max_tokens: int | None = Field(default=16384, ge=1)
     lr: float = Field(default=9e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.1, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_steps: int = Field(default=10, ge=0)
-    constant_steps: int = Field(default=1000, ge=0)
+    constant_steps: int | None = Field(default=None, ge=0)
     min_lr: float = Field(default=9e-7, ge=0)
     validate_every: Steps | Fraction | None = 100
     save_every: int | None = Field(default=100, ge=1)
@@ -117,9 +123,10 @@ def learning_rate(config: FitConfig, step: int, total: int) -> float:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
-    if step >= total - config.constant_steps:
+    constant = config.last_steps(total)
+    if step >= total - constant:
         return config.min_lr
-    done = (step - config.warmup_steps) / (total - config.warmup_steps - config.constant_steps)
+    done = (step - config.warmup_steps) / (total - config.warmup_steps - constant)
     left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.min_lr + (config.lr - config.min_lr) * left
 
@@ -130,11 +137,18 @@ def check_schedule(config: FitConfig, total: int) -> None:
     Raises:
         ConfigError: Warm-up and constant steps leave none.
     """
-    if config.schedule != "constant" and config.warmup_steps + config.constant_steps >= total:
+    constant = config.last_steps(total)
+    if config.schedule != "constant" and config.warmup_steps + constant >= total:
         raise ConfigError(
-            f"train.warmup_steps={config.warmup_steps} and train.constant_steps={config.constant_steps} leave none of "
-            f"{total} steps for train.schedule={config.schedule}; lower them, train longer, or choose schedule constant"
+            f"train.warmup_steps={config.warmup_steps} and train.constant_steps={constant} leave none of {total} "
+            f"steps for train.schedule={config.schedule}; lower them, train longer, or choose schedule constant"
         )
+
+
+def validation_prefixes(sets: Iterable[str]) -> dict[str, str]:
+    """Return what the metrics of each validation set begin with: `validation`, or of several `validation_<name>`."""
+    names = list(sets)
+    return {name: "validation" if len(names) == 1 else f"validation_{name}" for name in names}
 
 
 class RewardModelConfig(Config):
@@ -164,4 +178,6 @@ class RewardModelKind:
 
     config: type[FitRunConfig]
     build: Callable[[Any], Fitting]  # called on every process with an instance of `config`; the model is on the CPU
-    identity: tuple[str, ...] = ("model", "data")  # a run in which one of these keys changes is another run
+    # A run in which one of these keys changes is another run: they decide on its start and on what it sees when.
+    identity: tuple[str, ...] = ("model", "data")
+    free: tuple[str, ...] = ()  # keys among these which decide neither, such as data.validation

@@ -51,6 +51,9 @@ class RewardInferenceConfig(Config):
     device: str = "cpu"
 
 
+METRICS: Final = ("loss", "acc", "margin", "reward_mean", "reward_std", "logit_scale", "pairs", "skipped")
+
+
 @final
 class PickscoreRewardModel(nn.Module):
     """The towers of a CLIP and the scale of their cosine, all of which may learn.
@@ -161,6 +164,11 @@ class CLIPRewardModel(TrainableRewardModel):
         self.in_batch_negatives = in_batch_negatives
         self.micro_batch_size = micro_batch_size
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The layers of both towers, as transformers names them."""
+        return sorted(self.model.backbone.model._no_split_modules or ())
+
     def preprocess(self, images: Levels, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return what the towers read: pixels `[B, 3, S, S]`, differentiable, and token ids `[B, L]`.
 
@@ -217,7 +225,7 @@ class CLIPRewardModel(TrainableRewardModel):
         return loss.float(), self._totals(loss.detach(), detached, labels, weights, batch["skipped"])
 
     def metrics(self, totals: Totals) -> dict[str, float]:
-        """Return loss, accuracy over pairs with a preference, and what the rewards look like.
+        """Return the loss, `acc` over pairs with a preference, and what the rewards look like.
 
         `margin` is the mean of the preferred image's reward minus the other's; `skipped` counts pairs left out because
         an image could not be read.
@@ -226,7 +234,7 @@ class CLIPRewardModel(TrainableRewardModel):
         variance = _ratio(totals["squared_reward"], 2 * totals["pairs"]) - mean**2
         return {
             "loss": _ratio(totals["loss"], totals["weight"]),
-            "accuracy": _ratio(totals["agreeing"], totals["decided"]),
+            "acc": _ratio(totals["agreeing"], totals["decided"]),
             "margin": _ratio(totals["margin"], totals["decided"]),
             "reward_mean": mean,
             "reward_std": variance if math.isnan(variance) else max(variance, 0.0) ** 0.5,
@@ -234,6 +242,11 @@ class CLIPRewardModel(TrainableRewardModel):
             "pairs": totals["pairs"],
             "skipped": totals["skipped"],
         }
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The keys of `metrics`."""
+        return METRICS
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a CLIP in transformers' format, which the reward `PickScore` loads too."""

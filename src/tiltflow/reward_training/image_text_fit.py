@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from tiltflow.data.drawn_pairs import DrawnPairs, draw_pairs
 from tiltflow.data.image_preferences import ImagePreferences, PairFilter
 from tiltflow.data.pair_sources import open_pairs
-from tiltflow.reward_training.base import Fitting
+from tiltflow.reward_training.base import Batch, Fitting, Shown
 from tiltflow.reward_training.fit_config import FitRunConfig, ImageTextFitConfig, RewardModelConfig, RewardModelKind
 from tiltflow.reward_training.image_text import CLIPRewardModel, PickscoreRewardModel
 from tiltflow.scorers.checkpoints import WeightsFolder
@@ -112,7 +113,8 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
     for pairs in sets.values():
         pairs.check_captions(built.caption_tokens, built.caption_lengths(pairs.prompts))
     notes = {f"{name}: {why}": count for name, pairs in sets.items() for why, count in pairs.notes.items()}
-    return Fitting(built, train, validation, notes, found={name: pairs.found for name, pairs in sets.items()})
+    found = {name: pairs.found for name, pairs in sets.items()}
+    return Fitting(built, train, validation, notes, shows=show_pairs, found=found)
 
 
 def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int) -> CLIPRewardModel:
@@ -144,6 +146,21 @@ def build_model(config: ImageTextModelConfig, captions: list[str], *, seed: int)
     return CLIPRewardModel(towers, in_batch_negatives=config.in_batch_negatives)
 
 
+def show_pairs(model: CLIPRewardModel, batch: Batch) -> list[Shown]:
+    """Return the pairs of a batch that count, with label, reward and probability of each image."""
+    rewards = torch.stack(model.pair_rewards(batch), dim=1).float()  # [B, 2]
+    shown: list[Shown] = []
+    for index, chances in enumerate(rewards.softmax(dim=1).tolist()):
+        if batch["weight"][index] > 0:
+            told = zip(batch["label"][index].tolist(), rewards[index].tolist(), chances, strict=True)
+            notes = [
+                f"label {label:g}, reward {reward:.2f}, probability {chance:.2f}" for label, reward, chance in told
+            ]
+            images = [batch[name][index].to(torch.uint8) for name in ("img_0", "img_1")]
+            shown.append(Shown(batch["prompt"][index], images, notes))
+    return shown
+
+
 def _read(pairs: PairsConfig, section: PairFilter) -> ImagePreferences:
     if pairs.drawn is not None:
         return ImagePreferences(draw_pairs(pairs.drawn), pairs.rules(section))
@@ -155,4 +172,4 @@ def _build(config: ImageTextRunConfig) -> Fitting:
     return build_image_text(config.model, config.data, seed=config.seed)
 
 
-IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build)
+IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build, free=("data.validation", "data.on_bad_image"))

@@ -1,12 +1,13 @@
 """Language reward models while they are trained: ranking of pairs, and regression on ratings."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tiltflow.errors import ConfigError
 from tiltflow.reward_training.base import Batch, Totals, TrainableRewardModel
@@ -35,16 +36,20 @@ class LanguageTrainable(TrainableRewardModel):
         self.model = model
         self.config = config
 
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The network's layers, as transformers names them."""
+        return sorted(self.model.classifier._no_split_modules or ())
+
     def attributes(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Return the attributes of texts padded on the right, float32 `[N, A]`, with gradient."""
-        # Processes that share weights wait for each other in every call of the network: all must make as many.
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         return self.model.score_rows(
             input_ids.to(self.model.device),
             lengths.to(self.model.device),
             buckets=self.config.length_buckets,
             overhead=self.config.bucket_overhead,
-            steady=not alone,
+            # Processes that share weights wait for each other in every call of the network: all must make as many.
+            steady=isinstance(self, FSDPModule),
         )
 
     def enable_gradient_checkpointing(self) -> None:
@@ -108,6 +113,12 @@ class BinaryRankingRewardModel(LanguageTrainable):
         """Return `loss, acc, rewards_chosen_mean, rewards_rejected_mean, rewards_all_mean, rewards_all_std`."""
         return bradley_terry_metrics(totals)
 
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The keys of `metrics`."""
+        rewards = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_all_mean", "rewards_all_std")
+        return ("loss", "acc", *rewards)
+
 
 class RegressionRewardModel(LanguageTrainable):
     """Learns from ratings: `masked_mse` of the attributes.
@@ -132,6 +143,11 @@ class RegressionRewardModel(LanguageTrainable):
     def metrics(self, totals: Totals) -> dict[str, float]:
         """Return `loss`, the mean squared error, and `mae`, the mean absolute one."""
         return masked_mse_metrics(totals)
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The keys of `metrics`."""
+        return ("loss", "mae")
 
 
 REWARD_MODEL_CLASS_DICT: Mapping[RewardModelType, type[LanguageTrainable]] = {

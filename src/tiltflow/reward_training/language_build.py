@@ -132,6 +132,11 @@ def build_language(
     )
     if model.lora is not None:
         network.add_lora(model.lora, seed=seed)
+    if model.dtype == "bfloat16" and network.network is network.classifier:
+        raise ConfigError(
+            "model.dtype=bfloat16 without LoRA: it would round away most of what a step changes; leave it at float32 "
+            "and compute in train.precision: bf16, or train LoRA (model.lora), whose weights stay in float32"
+        )
     return _fitting(REWARD_MODEL_CLASS_DICT[model.reward_model_type](network, model), data)
 
 
@@ -140,8 +145,9 @@ def build_run(config: LanguageRunConfig) -> Fitting:
     return build_language(config.model, config.data, seed=config.seed)
 
 
-BINARY_RANKING = RewardModelKind(LanguageRunConfig, build_run)
-REGRESSION = RewardModelKind(LanguageRunConfig, build_run)
+_FREE = ("data.validation",)
+BINARY_RANKING = RewardModelKind(LanguageRunConfig, build_run, free=_FREE)
+REGRESSION = RewardModelKind(LanguageRunConfig, build_run, free=_FREE)
 
 
 def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import CheckpointError, ConfigError, TrainingError
-from tiltflow.reward_training.base import Batch, Examples, Fitting, Totals, TrainableRewardModel
+from tiltflow.reward_training.base import Batch, Examples, Fitting, Shown, Totals, TrainableRewardModel
 from tiltflow.reward_training.batches import Batches
-from tiltflow.reward_training.fit_config import FitConfig, check_schedule, learning_rate
+from tiltflow.reward_training.fit_config import FitConfig, check_schedule, learning_rate, validation_prefixes
 from tiltflow.reward_training.loader import LoadedStep, load_steps, to_device
 from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
 from tiltflow.runtime.distributed import Distributed
@@ -61,6 +61,7 @@ class RewardTrainer:
         self.examples = fitting.train
         self.validation = fitting.validation
         self.found = fitting.found
+        self.shows = fitting.shows
         self.batches = self._batches(fitting.train, seed=seed if config.shuffle else None)
         self.total_steps = config.total_steps(self.batches.steps_per_epoch)
         self.step = 0
@@ -69,7 +70,7 @@ class RewardTrainer:
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         optimizer = _optimizer(self.model, config, fused=distributed.device.type in ("cpu", "cuda"))
-        self._parallel = ParallelModel(self.model, optimizer, distributed)
+        self._parallel = ParallelModel(self.model, optimizer, distributed, blocks=self.model.blocks)
 
     def run(self, *, status: Status = lambda stage: None) -> Iterator[FitStep]:
         """Train from the step after `self.step` to the last, yielding after each."""
@@ -95,18 +96,40 @@ class RewardTrainer:
         """Measure the model on every validation set, each example once."""
         began = time.monotonic()
         metrics: dict[str, float] = {}
-        for name, examples in self.validation.items():
-            prefix = "validation" if len(self.validation) == 1 else f"validation_{name}"
+        for name, prefix in validation_prefixes(self.validation).items():
             status(prefix)
             self.found.get(
                 f"validation {name}", {}
             ).clear()  # found again, or something else, if the set is another since a resume
             self.model.prepare_for_validation_step()
             with torch.no_grad():
-                found = self.model.metrics(self._measure(examples))
+                found = self.model.metrics(self._measure(self.validation[name]))
             self.model.finish_validation_step()
             metrics |= {f"{prefix}/{key}": value for key, value in found.items()}
         return {**metrics, "validation_seconds": time.monotonic() - began} if metrics else {}
+
+    def shown(self, count: int) -> dict[str, Sequence[Shown]]:
+        """Return up to so many examples of the validation sets as people look at them, the same ones each time.
+
+        Every process calls it; the main one gets them.
+
+        Raises:
+            DataError: One of them cannot be read.
+        """
+        if self.shows is None or not self.validation:
+            return {}
+        model = self.whole_model()
+        found: dict[str, Sequence[Shown]] = {}
+        with self.distributed.together(), torch.no_grad():
+            if self.distributed.is_main:
+                model.prepare_for_validation_step()
+                device = next(model.parameters()).device
+                for name, examples in self.validation.items():
+                    few = min(len(examples), max(1, count // len(self.validation)))
+                    places = [index * len(examples) // few for index in range(few)]  # all over the set
+                    found[name] = self.shows(model, to_device(examples.batch(places, [1.0] * few), device))
+                model.finish_validation_step()
+        return found
 
     def save(self, directory: Path, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
         """Write all that an exact continuation needs; one process does, with what `state` returned."""

@@ -1,6 +1,7 @@
 """One process or many: ranks, shares of an epoch, sums over ranks, and failures that no rank waits for."""
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,10 @@ class Distributed:
 
     def __init__(self, *, timeout_seconds: int = 1800):
         """Join the group that `torchrun` or `accelerate launch` has set up, if any."""
+        # With FSDP the launcher asks transformers to load weights on the first process alone and leave the others with
+        # none; models here are made whole on every process. Must be known before the first one is loaded.
+        if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))
         self.accelerator = Accelerator(kwargs_handlers=[patience], cpu=not torch.cuda.is_available())
         self.device: torch.device = self.accelerator.device

@@ -1,7 +1,7 @@
 """A model whose gradients, or parts, are shared by several processes: DDP and FSDP2 behind one face."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.runtime.distributed import Distributed
@@ -32,12 +33,21 @@ class ParallelModel:
         model: Moved to the process's device; must be the same on every process.
         optimizer: Over parameters of the model.
         distributed: The processes.
+        blocks: Names of the classes of which FSDP2 gathers one module at a time, unless accelerate was told of others;
+            the rest of the model is gathered at once.
 
     Raises:
         ConfigError: accelerate was told to use something else, such as DeepSpeed or the first FSDP.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, distributed: Distributed) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        distributed: Distributed,
+        *,
+        blocks: Iterable[str] = (),
+    ) -> None:
         accelerator = distributed.accelerator
         kind = accelerator.distributed_type
         known = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP}
@@ -54,6 +64,7 @@ class ParallelModel:
         # FSDP turns the model's own parameters into shards: an unsharded twin is what can be written for others.
         self._whole = copy.deepcopy(model) if self._sharded and distributed.is_main else None
         if self._sharded:
+            _gather_by_block(accelerator.state.fsdp_plugin, model, blocks)
             self.module, _ = accelerator.prepare(model, optimizer)
         elif distributed.world_size > 1:
             self.module = accelerator.prepare_model(model)
@@ -117,6 +128,14 @@ class ParallelModel:
             return model
         self._whole.load_state_dict(weights)
         return self._whole
+
+
+def _gather_by_block(plugin: Any, model: nn.Module, blocks: Iterable[str]) -> None:
+    """Let FSDP2 gather the blocks that the model has one at a time, where the launcher was told nothing about it."""
+    present = sorted(set(blocks) & {type(module).__name__ for module in model.modules()})
+    if plugin.auto_wrap_policy is None and present:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = present
 
 
 def _whole_tensor(value: Any) -> Tensor:
