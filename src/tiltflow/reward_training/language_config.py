@@ -6,8 +6,9 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, model_validator
 
 from tiltflow.data.preferences import Layout
-from tiltflow.data.records import OnBad, OverLength
+from tiltflow.data.records import OnBad
 from tiltflow.reward_training.fit_config import FitRunConfig, LanguageFitConfig, RewardModelConfig
+from tiltflow.reward_training.language_data import OverLength
 from tiltflow.scorers import LoraSettings
 from tiltflow.types import Config
 
