@@ -247,7 +247,7 @@ def test_a_bad_image_is_an_error_or_weighs_nothing(damage: str, tmp_path: Path) 
     assert batch["skipped"].tolist() == [0, 1, 0]
     assert torch.equal(batch["img_0"][0], torch.from_numpy(pixels(0)))
     assert torch.equal(batch["img_0"][2], torch.from_numpy(pixels(4)))
-    assert pairs.found == {1: "unreadable image"}
+    assert (pairs.found, pairs.notes) == ({1: "unreadable image"}, {"unreadable image": 1})
 
 
 def test_a_preferred_image_that_is_the_other_one(tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def test_partners_follow_each_other_in_one_file(tmp_path):
         adjacent("good 1", "", "good 2", "bad 2", "good 3", "", on_bad="error")
     assert adjacent("good 1", "bad 1", "", "good 2", "bad 2", "") == ([("good 1", "bad 1"), ("good 2", "bad 2")], 0)
     assert adjacent("good 1", "", "good 2", "bad 2") == ([("good 2", "bad 2")], 1)
+    assert adjacent("", "bad 1", "good 2", "bad 2") == ([], 3)
     assert adjacent("good 1", "bad 1", "good 2") == ([("good 1", "bad 1")], 1)
 
 

@@ -38,14 +38,21 @@ def test_the_splits_of_a_hub_repository_that_was_downloaded(tmp_path: Path, inne
     folder = tmp_path / "set" / inner
     shard(folder / "train-00000-of-00002.parquet", "a", "b")
     shard(folder / "train-00001-of-00002.parquet", "c")
+    shard(folder / "train-extra-00000-of-00001.parquet", "e")
     shard(folder / "validation_unique-00000-of-00001-0123456789abcdef.parquet", "d")
     source = tmp_path / "set"
     assert texts(source, "train") == texts(f"{source}@train") == ["a", "b", "c"]
     assert texts(source, "validation_unique") == texts(f"{source}@validation_unique", "validation_unique") == ["d"]
-    with pytest.raises(DataError, match=r"it holds the splits train, validation_unique; give one, as .*set@train"):
+    with pytest.raises(
+        DataError, match=r"it holds the splits train, train-extra, validation_unique; give one, as .*set@train"
+    ):
         texts(source)
-    with pytest.raises(DataError, match="there is no split 'test'; it holds the splits train, validation_unique"):
+    with pytest.raises(
+        DataError, match="there is no split 'test'; it holds the splits train, train-extra, validation_unique"
+    ):
         texts(source, "test")
+    (source / "notes.jsonl").write_text("{}")
+    assert texts(source, "train") == ["a", "b", "c"]
     with pytest.raises(DataError, match="split='train' is another one than the source's @validation_unique"):
         texts(f"{source}@validation_unique", "train")
 
@@ -58,6 +65,15 @@ def test_a_split_does_not_choose_from_files(tmp_path: Path) -> None:
             texts(tmp_path / source, "validation")
         with pytest.raises(DataError, match="split='validation' chooses from a folder"):
             read_preferences(str(tmp_path / source), PairFilter(), split="validation")
+
+
+def test_a_pattern_takes_only_files_of_records(tmp_path: Path) -> None:
+    shard(tmp_path / "set" / "a.parquet", "a")
+    (tmp_path / "set" / "README.md").write_text("words")
+    assert texts(tmp_path / "set" / "*") == ["a"]
+    for source in ("*", "set/*.md"):
+        with pytest.raises(DataError, match="no such file or folder, and nothing that the pattern matches"):
+            texts(tmp_path / source)
 
 
 def test_folders_with_one_split_or_none_in_their_names(tmp_path: Path) -> None:
@@ -74,6 +90,8 @@ def test_folders_with_one_split_or_none_in_their_names(tmp_path: Path) -> None:
     assert [texts(tmp_path / name) for name in ("numbers", "parts", "saved")] == [["a", "a"], ["b", "b"], ["c", "c"]]
     assert texts(tmp_path / "two", "test") == ["e"]
     assert texts(tmp_path / "own", "mine") == ["f"]
+    with pytest.raises(DataError, match="there is no split 'mine'; the folder has no file that ends in"):
+        texts(tmp_path / "numbers", "mine")
     assert texts(tmp_path / "folders", "test") == ["i"]
     for name in ("two", "folders"):
         with pytest.raises(DataError, match="it holds the splits test, train; give one"):

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tiltflow.data.preferences import Preference, read_preferences
-from tiltflow.data.records import LeftOut, OnBad, OverLength
+from tiltflow.data.records import LeftOut, OnBad
 from tiltflow.errors import ConfigError, DataError
 from tiltflow.evaluation.reward_bench import Accuracies, ScoredPair, accuracies
 from tiltflow.evaluation.statistics import Estimate
 from tiltflow.reward_training.language_build import max_length
 from tiltflow.reward_training.language_config import LanguageDataConfig
-from tiltflow.reward_training.language_data import Tokenizing
+from tiltflow.reward_training.language_data import OverLength, Tokenizing
 from tiltflow.runtime.files import make_folder, write_atomically
 from tiltflow.scorers import LanguageRewardModel
 from tiltflow.scorers.language_head import DTYPES

@@ -43,11 +43,16 @@ class ImagePreferences:
         """
         self._source = source
         self._rules = rules
-        self.notes: Counter[str] = Counter()  # what was left out, and how often
+        self._notes: Counter[str] = Counter()
         self.found: dict[int, str] = {}  # record -> why it was left out when its images were read
         self._places = self._choose()
         self._require_some()
         self._weights = self._weigh()
+
+    @property
+    def notes(self) -> Counter[str]:
+        """What has been left out so far, or shortened, and how often."""
+        return self._notes + Counter(self.found.values())
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -98,7 +103,7 @@ class ImagePreferences:
                 "model reads; choose over_length: truncate or filter"
             )
         what = "truncated" if over_length == "truncate" else "left out"
-        self.notes[f"longer than {longest} tokens, {what}"] = len(self) - len(kept)
+        self._notes[f"longer than {longest} tokens, {what}"] = len(self) - len(kept)
         if over_length == "filter":
             self._places = kept
             self._require_some()
@@ -142,16 +147,16 @@ class ImagePreferences:
         left_out = LeftOut(rules.on_bad_record)
         for place in sorted(bad):
             left_out.bad(source.where(place), bad[place])
-        self.notes.update(left_out.counts)
+        self._notes.update(left_out.counts)
         good = np.ones(len(source), dtype=np.bool_)
         good[list(bad)] = False
         ties = np.abs(labels[:, 0] - labels[:, 1]) <= TIE if rules.filter_ties else np.zeros_like(good)
-        self.notes["unlabelled"] = int((good & unlabelled).sum())
-        self.notes["tie"] = int((good & ~unlabelled & ties).sum())
+        self._notes["unlabelled"] = int((good & unlabelled).sum())
+        self._notes["tie"] = int((good & ~unlabelled & ties).sum())
         places: list[int] = np.flatnonzero(good & ~unlabelled & ~ties).tolist()
         if rules.pairs_per_prompt is not None:
             places = self._first_of_prompts(places, rules.pairs_per_prompt)
-        self.notes = +self.notes  # only what there is
+        self._notes = +self._notes  # only what there is
         return places
 
     def _problems(self, unlabelled: NDArray[np.bool_]) -> dict[int, BadRecord]:
@@ -176,7 +181,7 @@ class ImagePreferences:
             used[prompt] += 1
             if used[prompt] <= limit:
                 kept.append(place)
-        self.notes["over pairs_per_prompt"] = len(places) - len(kept)
+        self._notes["over pairs_per_prompt"] = len(places) - len(kept)
         return kept
 
     def _weigh(self) -> list[float]:

@@ -136,14 +136,12 @@ def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preferen
 
 def _partners(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
     """Yield two adjacent lines at a time, or one that has no partner."""
-    start = 0
     # Within a run, lines follow each other in one file, without a blank one between them.
     for _, numbered in groupby(enumerate(records), key=lambda each: (each[1].file, each[1].number - each[0])):
         run = [record for _, record in numbered]
         # Of an odd number the last is alone if nothing is before them; after a gap it may as well be the first.
-        size = 2 if len(run) % 2 == 0 or start == 0 else 1
+        size = 2 if len(run) % 2 == 0 or (run[0] is records[0] and run[0].number == 1) else 1
         yield from (run[first : first + size] for first in range(0, len(run), size))
-        start += len(run)
 
 
 def _checked(preference: Preference) -> Preference:

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,7 @@ def open_source(source: str, *, split: str | None = None, mapped: bool = False) 
         return open_source(base, split=_one_split(source, named, split), mapped=mapped)
     if path.is_dir():
         return Parts(source, _open_folder(path, split, mapped))
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
+    files = [path] if path.is_file() else _shards(map(Path, glob.glob(source, recursive=True)))
     found = _HUB.fullmatch(source)
     if files:
         if split is not None:
@@ -46,7 +46,7 @@ def open_source(source: str, *, split: str | None = None, mapped: bool = False) 
                 f"data {source!r}: split={split!r} chooses from a folder or a set of the hub, and this names files; "
                 "leave the split out, or name the folder"
             )
-        return Parts(source, _open_files(source, [file for file in files if not file.is_dir()], mapped))
+        return Parts(source, _open_files(source, files, mapped))
     if found is None or path.suffix in SHARDS:
         raise DataError(
             f"data {source!r}: no such file or folder, and nothing that the pattern matches; a data set of the hub is "
@@ -65,10 +65,9 @@ def _one_split(source: str, named: str, split: str | None) -> str:
 
 def _open_folder(folder: Path, split: str | None, mapped: bool) -> list[Part]:
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        if split not in splits:
-            raise _no_split(folder, split, splits)
-        folder, split = folder / str(split), None
+        if split is None or not (folder / split / "state.json").is_file():
+            raise _no_split(folder, split, [folder])
+        folder, split = folder / split, None
     if (folder / "state.json").is_file():
         if split is not None:
             raise DataError(f"data {folder}: it was saved without splits; leave split={split!r} out")
@@ -79,26 +78,35 @@ def _open_folder(folder: Path, split: str | None, mapped: bool) -> list[Part]:
         inner = next((place / split for place in places if (place / split).is_dir()), None)
         if inner is not None:
             return _open_folder(inner, None, mapped)
-    files = next((found for found in map(_shards, places) if found), [])
-    splits = sorted({_split_of(file) for file in files} - {""})
+    found = [_shards(place.glob("*")) for place in places]
     if split is not None:
-        files = [file for file in files if _split_of(file) == split or file.stem.startswith(f"{split}-")]
+        found = [[file for file in files if _belongs(file, split)] for files in found]
+    files = next(filter(None, found), [])
+    splits = {_split_of(file) for file in files} - {""}
     if not files or (split is None and len(splits) > 1):
-        raise _no_split(folder, split, splits or sorted(each.name for each in folder.iterdir() if _shards(each)))
+        raise _no_split(folder, split, places)
     return _open_files(str(folder), files, mapped)
 
 
-def _no_split(folder: Path, split: str | None, splits: Sequence[str]) -> DataError:
-    if not splits:
-        return DataError(f"data {folder}: the folder has no file that ends in {', '.join(SHARDS)}")
+def _no_split(folder: Path, split: str | None, places: Sequence[Path]) -> DataError:
+    """Return that a split is missing, or that one must be chosen: of files or folders in the places."""
+    inside = [path for place in places if place.is_dir() for path in place.iterdir()]
+    named = {_split_of(path) for path in _shards(inside)} - {""}
+    splits = sorted(named | {path.name for path in inside if path not in places and _shards(path.glob("*"))})
     wrong = "" if split is None else f"there is no split {split!r}; "
-    return DataError(
-        f"data {folder}: {wrong}it holds the splits {', '.join(splits)}; give one, as {folder}@{splits[0]}"
-    )
+    if not splits:
+        return DataError(f"data {folder}: {wrong}the folder has no file that ends in {', '.join(SHARDS)}")
+    listed = ", ".join(splits)
+    return DataError(f"data {folder}: {wrong}it holds the splits {listed}; give one, as {folder}@{splits[0]}")
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.suffix in SHARDS and file.is_file())
+def _belongs(file: Path, split: str) -> bool:
+    numbered = _NUMBERED.fullmatch(file.stem) is not None
+    return _split_of(file) == split or (not numbered and file.stem.startswith(f"{split}-"))
+
+
+def _shards(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.suffix in SHARDS and file.is_file())
 
 
 def _split_of(file: Path) -> str:

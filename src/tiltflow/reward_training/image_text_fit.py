@@ -105,8 +105,8 @@ def build_image_text(model: ImageTextModelConfig, data: ImageTextDataConfig, *, 
         DataError: Pairs are missing or bad, and the config does not say to leave bad ones out.
         RewardError: The model is missing or cannot be read.
     """
-    train = _read(data.train, data)
-    validation = {name: _read(pairs, data) for name, pairs in data.validation.items()}
+    train = read_pairs(data.train, data)
+    validation = {name: read_pairs(pairs, data) for name, pairs in data.validation.items()}
     sets = {"train": train, **{f"validation {name}": pairs for name, pairs in validation.items()}}
     captions = list(dict.fromkeys(train.prompts))  # no others: a run may go on with another validation set
     built = build_model(model, captions, seed=seed)
@@ -161,7 +161,16 @@ def show_pairs(model: CLIPRewardModel, batch: Batch) -> list[Shown]:
     return shown
 
 
-def _read(pairs: PairsConfig, section: PairFilter) -> ImagePreferences:
+def read_pairs(pairs: PairsConfig, section: PairFilter) -> ImagePreferences:
+    """Look through a set of pairs.
+
+    Args:
+        pairs: Where it is, and its own filters.
+        section: The others.
+
+    Raises:
+        DataError: Pairs are missing or bad, and the section does not say to leave bad ones out.
+    """
     if pairs.drawn is not None:
         return ImagePreferences(draw_pairs(pairs.drawn), pairs.rules(section))
     source = open_pairs(pairs.source or "", split=pairs.split, columns=pairs.columns)

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from tiltflow.data.preferences import Layout
-from tiltflow.data.records import OnBad, OverLength
+from tiltflow.data.records import OnBad
 from tiltflow.errors import ConfigError
 from tiltflow.reward_training.fit_config import FitRunConfig, LanguageFitConfig, RewardModelConfig
+from tiltflow.reward_training.language_data import OverLength
 from tiltflow.scorers import LoraSettings
 from tiltflow.types import Config
 
