@@ -129,11 +129,17 @@ def evaluate_with_ties(
 
 def preference_accuracy(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) -> Rate:
     """Return how often the preferred image has the higher reward; ties do not count, equal rewards are wrong."""
+    right, decided = agreements(rewards_0, rewards_1, labels)
+    return _rate(right[decided])
+
+
+def agreements(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return whether the preferred image has the higher reward, 1 or 0 `[N]`, and which pairs are no ties, `[N]`."""
     difference = np.asarray(rewards_0, dtype=np.float64) - np.asarray(rewards_1, dtype=np.float64)
     given = np.asarray(labels, dtype=np.float64)
     decided = given.max(axis=1) > 0.5 if len(given) else np.zeros(0, dtype=np.bool_)
     right = np.where(given[:, 0] > given[:, 1], difference > 0, difference < 0)
-    return _rate(right[decided].astype(np.float64))
+    return right.astype(np.float64), decided
 
 
 def pair_rewards(model: CLIPRewardModel, pairs: Examples, *, batch_size: int = 64) -> tuple[Floats, Floats, Floats]:
