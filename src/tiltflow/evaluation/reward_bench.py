@@ -115,7 +115,12 @@ def accuracy_table(found: Accuracies) -> str:
         rows += [("", "", ""), ("section", "accuracy", "pairs")]
         rows += [_row(name, each) for name, each in found.sections.items()]
     rows += [("", "", ""), _row("overall", found.overall)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of as many cells each as lines of plain text whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 

@@ -16,6 +16,7 @@ from tiltflow.runtime.intervals import wilson
 
 RESAMPLES: Final = 2000
 _SEED: Final = 20_240_607
+_AT_ONCE: Final = 100  # resamplings
 
 Floats = NDArray[np.float64]
 
@@ -66,8 +67,8 @@ def weighted_mean(parts: Sequence[Estimate], weights: Sequence[float]) -> Estima
     """Return the weighted mean of rates of different cases, with the interval made of the parts' own.
 
     With shares s that add up to 1 and rates r in [l, u], the ends are sum s r - sqrt(sum (s (r - l))^2) and
-    sum s r + sqrt(sum (s (u - r))^2). Unlike the normal interval they are not symmetric, so stay within [0, 1], and rates
-    of 0 or 1 promise no certainty.
+    sum s r + sqrt(sum (s (u - r))^2). Unlike those of the normal interval they stay within [0, 1], and rates of 0 or 1
+    promise no certainty.
 
     Args:
         parts: The rates; none is NaN.
@@ -165,5 +166,8 @@ def _resampled_means(values: Floats, clusters: NDArray[Any], generator: np.rando
         index = np.arange(len(values))
     sums, sizes = np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
     number = len(sizes)
-    times_drawn = generator.multinomial(number, np.full(number, 1 / number), size=RESAMPLES).astype(np.float64)
-    return (times_drawn @ sums) / (times_drawn @ sizes)
+    chances, parts = np.full(number, 1 / number), list[Floats]()
+    for start in range(0, RESAMPLES, _AT_ONCE):  # of many clusters a whole matrix of draws would fill the memory
+        times_drawn = generator.multinomial(number, chances, size=min(_AT_ONCE, RESAMPLES - start)).astype(np.float64)
+        parts.append((times_drawn @ sums) / (times_drawn @ sizes))
+    return np.concatenate(parts)
