@@ -259,6 +259,11 @@ def test_results_of_runs_and_of_data_do_not_overwrite_each_other(tmp_path, monke
     result = json.loads((tmp_path / "outputs/one/evaluation/model-a-test-and-1-more.json").read_text())
     assert {name: each["pairs"] for name, each in result["subsets"].items()} == {"a/test": 1, "b/test": 2}
 
+    assert main(["evaluate-reward", "outputs/one/model", "b/test.jsonl"]) == 0  # the same in other words
+    write(tmp_path / "here.jsonl", pair)
+    assert main(["evaluate-reward", "outputs/one/model", "here.jsonl"]) == 0
+    assert (tmp_path / "outputs/one/evaluation/model-here.json").is_file()
+
     alone = str(save_classifier(tmp_path / "elsewhere" / "x" / "model"))
     assert main(["evaluate-reward", alone, data[0]]) == 0
     assert (tmp_path / "outputs/reward_evaluation/x-model-a-test.json").is_file()

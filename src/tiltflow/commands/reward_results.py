@@ -40,7 +40,8 @@ def result_path(model: str, data: Sequence[str], output: Path | None) -> Path:
             raise ConfigError(f"--output {output}: the result is JSON; end the name in .json")
         return output
     more = f"-and-{len(data) - 1}-more" if len(data) > 1 else ""
-    name = f"{_file_name(source_names(data[:1], level=1)[0])}{more}.json"
+    *names, _ = _names(data[0])
+    name = f"{_file_name(names[:2][-1])}{more}.json"
     folder = Path(model)
     run = (
         next((up for up in list(folder.parents)[:2] if (up / CONFIG_FILE).is_file()), None) if folder.exists() else None
@@ -65,24 +66,23 @@ def write_result(path: Path, outcome: RewardOutcome, *, model: str, data: Sequen
     write_atomically(path.with_suffix(".jsonl"), rows)
 
 
-def source_names(sources: Sequence[str], *, level: int = 0) -> list[str]:
+def source_names(sources: Sequence[str]) -> list[str]:
     """Return short names of sources, such as `test` for `sets/test.jsonl`; where they are equal, longer ones.
 
     Args:
         sources: Files, folders, names of the hub, or mappings as text.
-        level: How much longer than the shortest names are at least.
 
     Raises:
         ConfigError: A source is given twice.
     """
+    if twice := [source for place, source in enumerate(sources) if source in sources[:place]]:
+        raise ConfigError(f"{twice[0]} is given twice; its pairs would count twice")
     names = [_names(source) for source in sources]
-    deepest = max(map(len, names))
-    for depth in range(level, max(deepest, level + 1)):
+    for depth in range(max(map(len, names))):
         chosen = [each[min(depth, len(each) - 1)] for each in names]
         if len(set(chosen)) == len(chosen):
             return chosen
-    twice = next(source for place, source in enumerate(sources) if source in sources[:place])
-    raise ConfigError(f"{twice} is given twice; its pairs would count twice")
+    return list(sources)
 
 
 def _names(source: str) -> list[str]:
