@@ -120,7 +120,7 @@ def _begins_with(answer: tuple[Any, ...], prompt: Any) -> bool:
     if not isinstance(prompt, str):
         return answer[: len(prompt)] == prompt
     first = answer[1:2] if answer[0]["role"] == "system" else answer[:1]
-    return any(each["role"] == "user" and each["content"] == prompt for each in first)
+    return any(each["role"] == "user" and each.get("content") == prompt for each in first)
 
 
 def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preference]:
