@@ -12,8 +12,9 @@ from rich.progress import Progress
 from tiltflow.commands.reward_results import RewardOutcome, source_names
 from tiltflow.config import parse_value, validate
 from tiltflow.data.drawn_pairs import draw_pairs
-from tiltflow.data.image_preferences import ImagePreferences, PairFilter, Policy
+from tiltflow.data.image_preferences import ImagePreferences, PairFilter
 from tiltflow.data.pair_sources import open_pairs
+from tiltflow.data.records import OnBad
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation.pair_bench import PairRewards, pair_bench, pair_content, pair_table
 from tiltflow.reward_training.base import Batch
@@ -30,7 +31,7 @@ class PairEvaluation(Config):
     """What can be chosen for an image-text model."""
 
     validation: str | None = None  # the pairs that choose the threshold below which a pair is called a tie
-    on_bad_image: Policy = "error"
+    on_bad_image: OnBad = "error"
 
 
 def evaluate_pairs(
@@ -38,7 +39,7 @@ def evaluate_pairs(
     data: Sequence[str],
     settings: PairEvaluation,
     *,
-    on_bad_record: Policy,
+    on_bad_record: OnBad,
     dtype: Literal["float32", "bfloat16"],
 ) -> RewardOutcome:
     """Do the work of `run_reward_evaluation` for an image-text model."""
