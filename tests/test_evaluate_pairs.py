@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,11 +111,11 @@ def test_the_command_measures_an_image_text_model(tmp_path, capsys, clip):
     output = tmp_path / "r.json"
     words = [str(test), "--validation", f"{{source: {validation}}}", "--output", str(output)]
     assert main(["evaluate-reward", str(clip), *words]) == 2
-    assert "line 10: not valid JSON" in capsys.readouterr().err
+    assert re.search("line 10: .*not valid JSON", capsys.readouterr().err)
     assert main(["evaluate-reward", str(clip), *words, "--on_bad_record", "skip", "--on_bad_image", "skip"]) == 0
     told = capsys.readouterr()
     assert "1 pairs: pairs: unreadable image, left out" in told.err
-    assert "1 pairs: pairs: bad record, left out" in told.err
+    assert re.search("1 pairs: pairs: (bad record|broken JSON), left out", told.err)
     result = json.loads(output.read_text())
 
     model = get_reward_model({"pretrained": str(clip)}, mbs=4, gbs=4)
