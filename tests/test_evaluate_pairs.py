@@ -94,7 +94,7 @@ def test_a_set_of_ties_has_no_accuracy_and_its_json_is_legal():
     found = pair_bench({"a": ties})
     content = json.loads(json.dumps(pair_content(found), allow_nan=False))
     assert content["sets"]["a"]["accuracy"] == {"accuracy": None, "low": None, "high": None, "pairs": 0}
-    assert content["sets"]["a"]["with_ties"]["without_threshold"]["accuracy"] == 0.75
+    assert content["sets"]["a"]["with_ties"]["without_threshold"]["score"] == 0.75
     assert content["threshold"] is None and content["validation"] is None
     assert "no threshold for ties: --validation" in pair_table(found)
 

@@ -148,11 +148,11 @@ def pair_content(found: PairBench) -> dict[str, object]:
     }
 
 
-def told(each: Estimate | None) -> dict[str, float | int | None] | None:
-    """Return a rate as JSON has it; NaN, which JSON has not, is None."""
+def told(each: Estimate | None, name: str = "accuracy") -> dict[str, float | int | None] | None:
+    """Return a rate under a name as JSON has it; NaN, which JSON has not, is None."""
     if each is None:
         return None
-    ends = {"accuracy": each.value, "low": each.low, "high": each.high}
+    ends = {name: each.value, "low": each.low, "high": each.high}
     return {**{name: None if math.isnan(value) else value for name, value in ends.items()}, "pairs": each.count}
 
 
@@ -167,9 +167,9 @@ def _content(each: SetScores) -> dict[str, object]:
         "ties": each.ties,
         "accuracy": told(each.accuracy),
         "with_ties": {
-            "at_threshold": told(each.at_threshold),
+            "at_threshold": told(each.at_threshold, "score"),
             "chance": each.chance,
-            "without_threshold": told(each.without_threshold),
+            "without_threshold": told(each.without_threshold, "score"),
             "all_called_ties": each.all_ties,
             "at_thresholds": list(each.at_thresholds),
         },
