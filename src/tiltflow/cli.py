@@ -108,21 +108,30 @@ def _run_arguments(commands: Any) -> None:
 
 def _evaluate_reward_arguments(commands: Any) -> None:
     judge = commands.add_parser(
-        "evaluate-reward", help="how often a language reward model prefers the chosen text", allow_abbrev=False
+        "evaluate-reward", help="how often a reward model prefers what people prefer", allow_abbrev=False
     )
     judge.add_argument("model", help="a folder such as outputs/<run>/model, or a hub name")
-    judge.add_argument("data", nargs="+", help="files of chosen and rejected texts, or owner/name@split of the hub")
-    judge.add_argument("--output", type=Path, help=".json; the scores of every pair go beside it")
     judge.add_argument(
-        "--as_conversation",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="prompt and answer through the chat template; auto: if the model has one",
+        "data", nargs="+", help="sets of pairs: files, folders, hub names, or as YAML '{source: ..., split: ...}'"
     )
-    judge.add_argument("--max_length", type=_positive, help="tokens of a text; what the network can read by default")
-    judge.add_argument("--over_length", choices=("truncate", "filter", "error"), default="truncate")
+    judge.add_argument(
+        "--output", type=Path, help=".json, in the model's run by default; every pair's scores beside it"
+    )
     judge.add_argument("--on_bad_record", choices=("error", "skip"), default="error")
     judge.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    language = judge.add_argument_group("of language models")
+    language.add_argument(
+        "--as_conversation",
+        choices=("auto", "yes", "no"),
+        help="prompt and answer through the chat template; auto, the default: if the model has one",
+    )
+    language.add_argument("--columns", help="what the data calls them otherwise: '{chosen: better, prompt: ''}'")
+    language.add_argument("--max_length", type=_positive, help="tokens of a text; what the network can read by default")
+    language.add_argument("--over_length", choices=("truncate", "filter", "error"), help="truncate by default")
+    language.add_argument("--attribute", help="which of several numbers is the reward: a name or a number")
+    pairs = judge.add_argument_group("of image-text models")
+    pairs.add_argument("--validation", help="pairs that choose the threshold below which a pair is called a tie")
+    pairs.add_argument("--on_bad_image", choices=("error", "skip"), help="error by default")
     judge.set_defaults(run=_evaluate_reward)
 
 
@@ -222,20 +231,23 @@ def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> None:
 def _evaluate_reward(arguments: argparse.Namespace, overrides: Overrides) -> None:
     if overrides:
         raise ConfigError(f"--{overrides[0][0]} is no option of it; `tiltflow evaluate-reward --help` lists them")
-    from tiltflow.commands import accuracy_table, run_reward_evaluation
+    from tiltflow.commands import run_reward_evaluation
+    from tiltflow.config import parse_value
 
-    found, path, notes = run_reward_evaluation(
+    named = ("as_conversation", "columns", "max_length", "over_length", "attribute", "validation", "on_bad_image")
+    options = {name: given for name in named if (given := vars(arguments)[name]) is not None}
+    if "columns" in options:
+        options["columns"] = parse_value("columns", options["columns"])
+    outcome, path = run_reward_evaluation(
         arguments.model,
         arguments.data,
         output=arguments.output,
-        as_conversation=arguments.as_conversation,
-        length=arguments.max_length,
-        over_length=arguments.over_length,
         on_bad_record=arguments.on_bad_record,
         dtype=arguments.dtype,
+        options=options,
     )
-    print(accuracy_table(found))
-    for kind, count in notes.items():
+    print(outcome.text)
+    for kind, count in outcome.notes.items():
         print(f"{count} pairs: {kind}", file=sys.stderr)
     print(f"result: {path}")
 

@@ -67,6 +67,34 @@ def test_prompt_and_answers_become_conversations_if_asked(tmp_path):
     assert found.chosen == tuple(ASK + RIGHT) and found.rejected == tuple(ASK + WRONG)
 
 
+@pytest.mark.parametrize("as_conversation", [False, True, "prompted"])
+def test_messages_that_hold_the_prompt_stay_as_they_are(tmp_path, as_conversation):
+    system = [{"role": "system", "content": "Be brief."}]
+    source = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "2 + 2?", "chosen": ASK + RIGHT, "rejected": ASK + WRONG},
+        {"prompt": "2 + 2?", "chosen": system + ASK + RIGHT, "rejected": system + ASK + WRONG},
+        {"prompt": ASK, "chosen": ASK + RIGHT, "rejected": ASK + WRONG},
+    )
+    found, left_out = pairs(source, as_conversation=as_conversation)
+    assert [each.chosen for each in found] == [tuple(ASK + RIGHT), tuple(system + ASK + RIGHT), tuple(ASK + RIGHT)]
+    assert [each.rejected for each in found] == [tuple(ASK + WRONG), tuple(system + ASK + WRONG), tuple(ASK + WRONG)]
+    assert left_out == {}
+
+
+def test_a_prompt_before_messages_of_another_user_turn_is_refused(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"prompt": "3 + 3?", "chosen": ASK + RIGHT, "rejected": ASK + WRONG})
+    for as_conversation in (False, True, "prompted"):
+        with pytest.raises(
+            DataError, match=r"line 1: mixed kinds: .*another turn of the user; .*columns: \{prompt: ''"
+        ):
+            pairs(source, as_conversation=as_conversation)
+    source = write(tmp_path / "b.jsonl", {"prompt": "2 + 2?", "chosen": RIGHT, "rejected": WRONG})
+    assert pairs(source, as_conversation=True)[0][0].chosen == tuple(ASK + RIGHT)
+    with pytest.raises(DataError, match="as_conversation: true makes messages"):
+        pairs(source)
+
+
 def test_adjacent_lines(tmp_path):
     source = write(tmp_path / "a.jsonl", *({"text": text} for text in ("good", "bad", "right", "wrong")))
     found, _ = pairs(source)
@@ -100,12 +128,10 @@ def test_names_of_columns_that_nobody_reads_or_has_are_told(tmp_path):
         ratings(source, attributes=1, names=("helpful",), columns={"chosen": "response"})
 
 
-def test_a_prompt_that_the_messages_hold_already_can_be_left_out(tmp_path):
-    source = write(tmp_path / "a.jsonl", {"prompt": "2 + 2?", "chosen": ASK + RIGHT, "rejected": ASK + WRONG})
-    with pytest.raises(DataError, match=r"leave it out: columns: \{prompt: ''\}"):
-        pairs(source)
+def test_a_prompt_can_be_left_out(tmp_path):
+    source = write(tmp_path / "a.jsonl", {"prompt": "3 + 3?", "chosen": ASK + RIGHT, "rejected": ASK + WRONG})
     (found,), _ = pairs(source, columns={"prompt": ""})
-    assert found.chosen == tuple(ASK + RIGHT)
+    assert found.chosen == tuple(ASK + RIGHT) and found.rejected == tuple(ASK + WRONG)
 
 
 def test_tables_and_folders_give_what_lines_give(tmp_path):

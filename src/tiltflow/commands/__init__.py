@@ -11,13 +11,11 @@ from tiltflow.commands.score import failure_causes, run_scoring, summary_table, 
 from tiltflow.commands.serve import CallSettings, run_serving
 from tiltflow.commands.train import run_training
 from tiltflow.commands.train_reward import run_reward_training
-from tiltflow.evaluation.reward_bench import accuracy_table
 
 __all__ = [
     "EMBEDDED_MODELS",
     "REWARD_MODEL_TYPES",
     "CallSettings",
-    "accuracy_table",
     "build_policy",
     "build_trainer",
     "doctor_report",

@@ -1,31 +1,46 @@
-"""`tiltflow evaluate-reward`: how often a language reward model prefers what people prefer."""
+"""`tiltflow evaluate-reward`: how often a reward model, of language or of images, prefers what people prefer."""
 
-import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
 
+from tiltflow.commands.evaluate_pairs import PairEvaluation, evaluate_pairs
+from tiltflow.commands.reward_results import RewardOutcome, result_path, source_names, write_result
+from tiltflow.config import validate
 from tiltflow.data.preferences import Preference, read_preferences
 from tiltflow.data.records import LeftOut, OnBad
 from tiltflow.errors import ConfigError, DataError
-from tiltflow.evaluation.reward_bench import Accuracies, ScoredPair, accuracies
-from tiltflow.evaluation.statistics import Estimate
+from tiltflow.evaluation.pair_bench import told
+from tiltflow.evaluation.reward_bench import ScoredPair, accuracies, accuracy_table
 from tiltflow.reward_training.language_build import max_length
-from tiltflow.reward_training.language_config import LanguageDataConfig
-from tiltflow.reward_training.language_data import OverLength, Tokenizing
-from tiltflow.runtime.files import make_folder, write_atomically
+from tiltflow.reward_training.language_data import OverLength, Tokenizing, Tokens
 from tiltflow.scorers import LanguageRewardModel
 from tiltflow.scorers.language_head import DTYPES
+from tiltflow.scorers.model_kinds import ModelKind, model_kind
+from tiltflow.types import Config
 
-AsConversation = Literal["auto", "yes", "no"]
-CHUNK = 256  # pairs between two looks of the progress bar
+Dtype = Literal["float32", "bfloat16"]
+CHUNK = 256  # texts between two looks of the progress bar
+
+
+class LanguageEvaluation(Config):
+    """What can be chosen for a language model."""
+
+    # Whether a prompt and an answer that are texts go through the chat template: `auto`, if the model has one; a text
+    # without prompt is then taken as it is.
+    as_conversation: Literal["auto", "yes", "no"] = "auto"
+    columns: Mapping[str, str] = Field(default_factory=dict[str, str])  # expected name -> the data's own
+    max_length: int | None = Field(default=None, ge=1)  # tokens; None: what the network can read, at most 4096
+    over_length: OverLength = "truncate"
+    attribute: str | None = None  # name or number, of a model that gives several
 
 
 def run_reward_evaluation(
@@ -33,76 +48,116 @@ def run_reward_evaluation(
     data: Sequence[str],
     *,
     output: Path | None = None,
-    as_conversation: AsConversation = "auto",
-    length: int | None = None,
-    over_length: OverLength = "truncate",
     on_bad_record: OnBad = "error",
-    dtype: str = "float32",
-) -> tuple[Accuracies, Path, dict[str, int]]:
+    dtype: Dtype = "float32",
+    options: Mapping[str, Any] | None = None,
+) -> tuple[RewardOutcome, Path]:
     """Score preferences and write what came out.
 
     Args:
-        model: Folder of a language reward model, or a hub repository in the cache.
-        data: Files, folders or `owner/name@split` of the hub, with `chosen`, `rejected`, and maybe `prompt` and
-            `subset`; pairs without a subset are one of their source's name.
-        output: The result, JSON; the scores of every pair go beside it, as .jsonl.
-        as_conversation: Whether a prompt and an answer that are texts go through the chat template: `auto`, if they
-            did in training, or, where the model does not tell, if it has one; a text without prompt is then taken as it
-            is.
-        length: Tokens that a text may have; None: what the network can read, at most 4096.
-        over_length: What happens to a longer one; counted.
+        model: Folder of a reward model, or a hub repository in the cache.
+        data: For a language model files, folders or `owner/name@split` of the hub, with `chosen`, `rejected`, and maybe
+            `prompt`, `label` and `subset`; pairs without a subset are one of their source's name. For an image-text
+            model a `source` of pairs as in `data.train`, or its whole mapping as YAML.
+        output: The result, JSON; the scores of every pair go beside it, as .jsonl. None: into the model's run.
         on_bad_record: What happens to a record that cannot be used; counted.
         dtype: In which the network computes.
+        options: Those of the kind of model: `LanguageEvaluation`, `PairEvaluation`.
 
     Returns:
-        The accuracies, where they were written, and what was left out or shortened, and how often.
+        What came out, and where it was written.
 
     Raises:
-        RewardError: The model cannot be loaded.
-        ConfigError: An argument is wrong, or the head gives several numbers.
+        RewardError: The model cannot be loaded, or is none.
+        ConfigError: An argument is wrong.
         DataError: The data cannot be used, or nothing of it is left.
     """
-    path = output or Path("outputs") / "reward_evaluation" / f"{Path(model).resolve().name}.json"
-    if path.suffix != ".json":
-        raise ConfigError(f"--output {path}: the result is JSON; end the name in .json")
+    schema, evaluates = _KINDS[model_kind(model)]
+    given = dict(options or {})
+    if foreign := [name for name in given if name not in schema.model_fields]:
+        own = ", ".join(f"--{name}" for name in schema.model_fields)
+        raise ConfigError(f"--{foreign[0]} is not for the kind of reward model in {model}; its own options are {own}")
+    settings = validate(schema, given, source="evaluate-reward")
+    path = result_path(model, data, output)
+    outcome = evaluates(model, data, settings, on_bad_record=on_bad_record, dtype=dtype)
+    write_result(path, outcome, model=model, data=data)
+    return outcome, path
+
+
+def evaluate_language(
+    model: str, data: Sequence[str], settings: LanguageEvaluation, *, on_bad_record: OnBad, dtype: Dtype
+) -> RewardOutcome:
+    """Do the work of `run_reward_evaluation` for a language model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = LanguageRewardModel.from_pretrained(model, require_head=True, device=device, dtype=DTYPES[dtype]).eval()
-    if not network.head.scalar:
-        network.head = network.head.model_copy(update={"merge_attributes": True})
+    column = _column(network, settings.attribute)
     left_out = LeftOut(on_bad_record)
-    limit = max_length(network, LanguageDataConfig(train="", max_length=length))
-    tokenizing = Tokenizing(network, max_length=limit, over_length=over_length, left_out=left_out)
-    chat: bool | Literal["prompted"] = as_conversation == "yes"
-    if as_conversation == "auto" and network.takes_conversations:
+    limit = max_length(network, settings.max_length, name="--max_length")
+    tokenizing = Tokenizing(
+        network, max_length=limit, over_length=settings.over_length, left_out=left_out, keep_identical=True
+    )
+    chat: bool | Literal["prompted"] = settings.as_conversation == "yes"
+    if settings.as_conversation == "auto" and network.takes_conversations:
         chat = "prompted"
-    kept, rows = _encoded(_preferences(data, left_out, chat), tokenizing)
+    kept, rows = _encoded(_preferences(data, left_out, settings.columns, chat), tokenizing)
     notes = dict(tokenizing.notes + Counter({f"{kind}, left out": n for kind, n in left_out.counts.items()}))
     if not kept:
         raise DataError(f"data {', '.join(data)}: no pair is left ({notes})")
-    scores = _scores(network, rows)
+    scores = _scores(network, rows, column)
     pairs = [
-        ScoredPair(each.place, each.subset, scores[2 * place], scores[2 * place + 1]) for place, each in enumerate(kept)
+        ScoredPair(each.place, each.subset, *scores[2 * place : 2 * place + 2], label=each.label)
+        for place, each in enumerate(kept)
     ]
     found = accuracies(pairs)
-    _write(path, found, pairs, {"model": model, "data": list(data), "max_length": limit, "notes": notes})
-    return found, path, notes
+    counts = {"ties, left out": found.ties, "a reward that is not finite, left out": len(found.failures)}
+    content = {
+        "max_length": limit,
+        "attribute": settings.attribute,
+        "pairs": len(pairs),
+        "ties": found.ties,
+        "failures": list(found.failures),
+        "overall": told(found.overall),
+        "sections": {name: told(each) for name, each in found.sections.items()},
+        "subsets": {name: told(each) for name, each in found.subsets.items()},
+    }
+    notes |= {kind: count for kind, count in counts.items() if count}
+    return RewardOutcome(accuracy_table(found), content, [vars(pair) for pair in pairs], notes)
+
+
+def _column(network: LanguageRewardModel, attribute: str | None) -> int | None:
+    """Return which of the model's numbers is its reward; None takes the one that it has or merges them into."""
+    head = network.head
+    labels = network.classifier.config.id2label
+    names = head.attribute_names or tuple(str(labels[place]) for place in range(head.num_attributes))
+    if attribute is not None:
+        numbers = [str(place) for place in range(head.num_attributes)]
+        if attribute not in (*names, *numbers):
+            raise ConfigError(f"--attribute {attribute}: the model gives {', '.join(names)}; give a name or a number")
+        return names.index(attribute) if attribute in names else int(attribute)
+    if not head.scalar:
+        if head.attribute_weights is None:
+            raise ConfigError(
+                f"the model gives {head.num_attributes} numbers ({', '.join(names)}): say which is the reward with "
+                "--attribute, or keep attribute_weights in its head"
+            )
+        network.head = head.model_copy(update={"merge_attributes": True})
+    return None
 
 
 def _preferences(
-    data: Sequence[str], left_out: LeftOut, as_conversation: bool | Literal["prompted"]
+    data: Sequence[str], left_out: LeftOut, columns: Mapping[str, str], as_conversation: bool | Literal["prompted"]
 ) -> list[Preference]:
     found: list[Preference] = []
-    for source in data:
-        name = Path(source.partition("@")[0]).stem
-        for each in read_preferences(source, left_out=left_out, as_conversation=as_conversation):
+    for source, name in zip(data, source_names(data), strict=True):
+        for each in read_preferences(source, left_out=left_out, columns=columns, as_conversation=as_conversation):
             found.append(each if each.subset else replace(each, subset=name))
     return found
 
 
-def _encoded(preferences: Sequence[Preference], tokenizing: Tokenizing) -> tuple[list[Preference], list[Any]]:
+def _encoded(preferences: Sequence[Preference], tokenizing: Tokenizing) -> tuple[list[Preference], list[Tokens]]:
     """Return the pairs that are not left out, and the tokens of their texts, two rows each."""
     kept: list[Preference] = []
-    rows: list[Any] = []
+    rows: list[Tokens] = []
     for preference in preferences:
         tokens = tokenizing.tokens((preference.chosen, preference.rejected), preference.place)
         if tokens is not None:
@@ -111,29 +166,22 @@ def _encoded(preferences: Sequence[Preference], tokenizing: Tokenizing) -> tuple
     return kept, rows
 
 
-def _scores(network: LanguageRewardModel, rows: Sequence[Any]) -> list[float]:
-    scores: list[float] = []
+def _scores(network: LanguageRewardModel, rows: Sequence[Tokens], column: int | None) -> list[float]:
+    """Return a reward of every row; equal texts have equal ones, whatever batches they are in."""
+    first = {row.tobytes(): row for row in rows}
+    distinct, scores = list(first.values()), list[float]()
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("texts", total=len(rows))
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            scores += network.score_encoded(chunk).tolist()
+        task = bar.add_task("texts", total=len(distinct))
+        for start in range(0, len(distinct), CHUNK):
+            chunk: Any = distinct[start : start + CHUNK]
+            found = network.score_encoded(chunk) if column is None else network.attributes(chunk)[:, column]
+            scores += found.tolist()
             bar.advance(task, len(chunk))
-    return scores
+    known = dict(zip(first, scores, strict=True))
+    return [known[row.tobytes()] for row in rows]
 
 
-def _write(path: Path, found: Accuracies, pairs: Sequence[ScoredPair], about: dict[str, Any]) -> None:
-    make_folder(path.parent)
-    content = {
-        **about,
-        "pairs": len(pairs),
-        "overall": _told(found.overall),
-        "sections": {name: _told(each) for name, each in found.sections.items()},
-        "subsets": {name: _told(each) for name, each in found.subsets.items()},
-    }
-    write_atomically(path, json.dumps(content, indent=1))
-    write_atomically(path.with_suffix(".jsonl"), "".join(f"{json.dumps(vars(pair))}\n" for pair in pairs))
-
-
-def _told(each: Estimate) -> dict[str, float]:
-    return {"accuracy": each.value, "low": each.low, "high": each.high, "pairs": each.count}
+_KINDS: Mapping[ModelKind, tuple[type[Config], Callable[..., RewardOutcome]]] = {
+    "language": (LanguageEvaluation, evaluate_language),
+    "image_text": (PairEvaluation, evaluate_pairs),
+}

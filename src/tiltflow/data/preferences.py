@@ -39,9 +39,9 @@ def read_preferences(
     """Read preferences.
 
     A record of layout `pairs` has `chosen` and `rejected`, each a text or a list of messages, and maybe `prompt` of the
-    same kind, which is put before both; `margin`; `label`; and `subset`. A record of layout `adjacent` has `text`, and
-    two after each other in a file, the first and second, the third and fourth, are a chosen and a rejected one; a blank
-    line does not stand between them.
+    same kind, which is put before both unless messages begin with it already; `margin`; `label`; and `subset`. A record
+    of layout `adjacent` has `text`, and two after each other in a file, the first and second, the third and fourth, are
+    a chosen and a rejected one; a blank line does not stand between them.
 
     Args:
         source: As for `open_source`.
@@ -103,17 +103,36 @@ def prompted(values: Mapping[str, Any], key: str, as_conversation: bool | str) -
 
 
 def _after(prompt: Any, answer: Any, as_conversation: bool) -> Any:
-    """Return prompt and answer as one text or one conversation."""
+    """Return prompt and answer as one text or one conversation; messages that hold the prompt already stay as they are.
+
+    Raises:
+        BadRecord: They cannot be put together.
+    """
+    if not isinstance(answer, str) and _begins_with(answer, prompt):
+        return answer
+    if isinstance(prompt, str) and not isinstance(answer, str) and answer[0]["role"] != "assistant":
+        raise BadRecord(
+            "mixed kinds",
+            f"prompt is a text, and the messages begin with another turn of the {answer[0]['role']}; where they hold "
+            "the whole conversation, leave the prompt out: columns: {prompt: ''}",
+        )
     if as_conversation:
         start = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
         return start + (({"role": "assistant", "content": answer},) if isinstance(answer, str) else answer)
     if isinstance(prompt, str) != isinstance(answer, str):
         raise BadRecord(
             "mixed kinds",
-            "prompt and answers must all be texts or all be messages; as_conversation: true makes messages; where the "
-            "messages hold the prompt already, leave it out: columns: {prompt: ''}",
+            "prompt and answers must all be texts or all be messages; as_conversation: true makes messages",
         )
     return prompt + answer
+
+
+def _begins_with(answer: tuple[Any, ...], prompt: Any) -> bool:
+    """Tell whether messages begin with the prompt, maybe after a system message: many published sets hold it twice."""
+    if not isinstance(prompt, str):
+        return answer[: len(prompt)] == prompt
+    first = answer[1:2] if answer[0]["role"] == "system" else answer[:1]
+    return any(each["role"] == "user" and each.get("content") == prompt for each in first)
 
 
 def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preference]:

@@ -3,6 +3,7 @@
 RewardBench's first version (Lambert et al. 2024, arXiv:2403.13787, table 1): a section's score is the mean over its
 pairs, except that the mathematical pairs count as much as all pairs of code together; the whole is the plain mean of
 its sections.
+Pairs that people call a tie, and pairs that the model gives no finite rewards, are counted and left out.
 """
 
 import math
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tiltflow.evaluation.statistics import Estimate, estimate
-from tiltflow.runtime.intervals import Z_95
+from tiltflow.errors import DataError
+from tiltflow.evaluation.statistics import Estimate, mean_of_independent, weighted_mean
 
 MATH: Final = "math-prm"
 CODE: Final = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))
@@ -38,50 +39,72 @@ SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """The rewards of two texts of which the first was preferred.
+    """The rewards of two texts of which people preferred one.
 
     Example: `ScoredPair("bench.jsonl, line 1", "hep-go", 1.5, -0.5)`.
     """
 
     place: str
     subset: str
-    chosen: float
+    chosen: float  # NaN or infinite if the model failed
     rejected: float
+    label: float = 1.0  # probability that the chosen one is the better: 0 turns the pair around, 0.5 is a tie
+
+    @property
+    def failed(self) -> bool:
+        """Whether a reward is not finite."""
+        return not (math.isfinite(self.chosen) and math.isfinite(self.rejected))
+
+    @property
+    def tied(self) -> bool:
+        """Whether people preferred neither."""
+        return self.label == 0.5
 
     @property
     def right(self) -> bool:
         """Whether the preferred text has the higher reward; equal rewards are wrong."""
-        return self.chosen > self.rejected
+        return self.chosen > self.rejected if self.label > 0.5 else self.rejected > self.chosen
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """How often the preferred text has the higher reward, with 95% intervals."""
+    """How often the preferred text has the higher reward, with 95% intervals that take pairs for independent."""
 
     subsets: Mapping[str, Estimate]
     sections: Mapping[str, Estimate]  # those of RewardBench that there are pairs of
     overall: Estimate  # the mean of the sections, or over all pairs where there are none
+    ties: int  # pairs of which people preferred neither; they count nowhere
+    failures: tuple[str, ...]  # places of pairs whose rewards are not finite; they count nowhere
 
 
 def accuracies(pairs: Sequence[ScoredPair]) -> Accuracies:
-    """Return accuracies by subset, by section and in all; the sections take only RewardBench's own subsets."""
-    names = dict.fromkeys(pair.subset for pair in pairs)
-    subsets = {
-        name: estimate(hits, range(len(hits)))
-        for name in names
-        for hits in [[float(pair.right) for pair in pairs if pair.subset == name]]
-    }
+    """Return accuracies by subset, by section and in all; the sections take only RewardBench's own subsets.
+
+    Raises:
+        DataError: No pair is left that counts.
+    """
+    failures = tuple(pair.place for pair in pairs if pair.failed)
+    ties = sum(pair.tied and not pair.failed for pair in pairs)
+    hits: dict[str, list[float]] = {}
+    for pair in pairs:
+        if not (pair.failed or pair.tied):
+            hits.setdefault(pair.subset, []).append(float(pair.right))
+    if not hits:
+        raise DataError(
+            f"no pair of {len(pairs)} tells how good the model is: {ties} are ties, and of {len(failures)} a reward is "
+            "not finite"
+        )
+    subsets = {name: mean_of_independent(scores) for name, scores in hits.items()}
     sections = {
-        section: _weighted([subsets[name] for name in parts], _counts(subsets, parts))
+        section: weighted_mean([subsets[name] for name in parts], _counts(subsets, parts))
         for section, members in SECTIONS.items()
         if (parts := [name for name in members if name in subsets])
     }
     if sections:
-        overall = _weighted(list(sections.values()), [1.0] * len(sections))
+        overall = weighted_mean(list(sections.values()), [1.0] * len(sections))
     else:
-        hits = [float(pair.right) for pair in pairs]
-        overall = estimate(hits, range(len(hits)))
-    return Accuracies(subsets, sections, overall)
+        overall = mean_of_independent([hit for scores in hits.values() for hit in scores])
+    return Accuracies(subsets, sections, overall, ties, failures)
 
 
 def accuracy_table(found: Accuracies) -> str:
@@ -92,7 +115,12 @@ def accuracy_table(found: Accuracies) -> str:
         rows += [("", "", ""), ("section", "accuracy", "pairs")]
         rows += [_row(name, each) for name, each in found.sections.items()]
     rows += [("", "", ""), _row("overall", found.overall)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of as many cells each as lines of plain text whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
@@ -104,16 +132,3 @@ def _counts(subsets: Mapping[str, Estimate], parts: Sequence[str]) -> list[float
     """Return how much each subset counts: its pairs; mathematics as much as all code, if there is any."""
     code = sum(subsets[name].count for name in parts if name in CODE)
     return [float(code) if name == MATH and code else float(subsets[name].count) for name in parts]
-
-
-def _weighted(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
-    """Return a weighted mean of accuracies of different pairs.
-
-    The interval is the normal one of a stratified mean; the deviation of each part is read from its own interval.
-    """
-    total = sum(weights)
-    shares = [weight / total for weight in weights]
-    value = sum(share * part.value for share, part in zip(shares, parts, strict=True))
-    deviations = [(part.high - part.low) / (2 * Z_95) for part in parts]
-    half = Z_95 * math.sqrt(sum((share * each) ** 2 for share, each in zip(shares, deviations, strict=True)))
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), sum(part.count for part in parts))

@@ -1,4 +1,4 @@
-"""Means with 95% intervals for images that come several to a prompt.
+"""Means with 95% intervals, above all for images that come several to a prompt.
 
 The images of one prompt resemble each other, so whole prompts are resampled (the cluster bootstrap; Davison and Hinkley
 1997, chapter 3), not images: an interval over images would be too short.
@@ -16,6 +16,7 @@ from tiltflow.runtime.intervals import wilson
 
 RESAMPLES: Final = 2000
 _SEED: Final = 20_240_607
+_AT_ONCE: Final = 100  # resamplings
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +31,7 @@ class Estimate:
     value: float
     low: float
     high: float
-    count: int  # images behind the value
+    count: int  # images, or pairs, behind the value
 
     def __str__(self) -> str:
         interval = f" [{self.low:.3f}, {self.high:.3f}]" if math.isfinite(self.low) else ""
@@ -49,6 +50,37 @@ def estimate(values: Sequence[float] | Floats, clusters: Sequence[int] | NDArray
         clusters: The prompt that each image belongs to, N.
     """
     return estimate_stratified(values, clusters, np.zeros(len(values), dtype=np.int64))
+
+
+def mean_of_independent(scores: Sequence[float] | Floats) -> Estimate:
+    """Return the mean of scores from 0 to 1 with its 95% Wilson interval, which takes each for independent.
+
+    Args:
+        scores: One per case, N; whether 0 or 1 or between. None at all: the mean is NaN.
+    """
+    array = np.asarray(scores, dtype=np.float64)
+    value = float(array.mean()) if len(array) else math.nan
+    return Estimate(value, *wilson(value, len(array)), len(array))
+
+
+def weighted_mean(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """Return the weighted mean of rates of different cases, with the interval made of the parts' own.
+
+    With shares s that add up to 1 and rates r in [l, u], the ends are sum s r - sqrt(sum (s (r - l))^2) and
+    sum s r + sqrt(sum (s (u - r))^2). Unlike those of the normal interval they stay within [0, 1], and rates of 0 or 1
+    promise no certainty.
+
+    Args:
+        parts: The rates; none is NaN.
+        weights: What each counts, at least one above 0.
+
+    Source: Zou, Huang and Zhang 2009 (Computational Statistics & Data Analysis 53), with Wilson's intervals.
+    """
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+    value, low, high = np.array([(part.value, part.low, part.high) for part in parts]).T
+    mean = float(shares @ value)
+    below, above = (float(np.sqrt(((shares * distance) ** 2).sum())) for distance in (value - low, high - value))
+    return Estimate(mean, max(0.0, mean - below), min(1.0, mean + above), sum(part.count for part in parts))
 
 
 def estimate_stratified(
@@ -134,5 +166,8 @@ def _resampled_means(values: Floats, clusters: NDArray[Any], generator: np.rando
         index = np.arange(len(values))
     sums, sizes = np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
     number = len(sizes)
-    times_drawn = generator.multinomial(number, np.full(number, 1 / number), size=RESAMPLES).astype(np.float64)
-    return (times_drawn @ sums) / (times_drawn @ sizes)
+    chances, parts = np.full(number, 1 / number), list[Floats]()
+    for start in range(0, RESAMPLES, _AT_ONCE):  # of many clusters a whole matrix of draws would fill the memory
+        times_drawn = generator.multinomial(number, chances, size=min(_AT_ONCE, RESAMPLES - start)).astype(np.float64)
+        parts.append((times_drawn @ sums) / (times_drawn @ sizes))
+    return np.concatenate(parts)

@@ -36,7 +36,7 @@ class _DataSet:
         self._left_out = LeftOut(data.on_bad_record)
         self._tokenizing = Tokenizing(
             trained.model,
-            max_length=max_length(trained.model, data),
+            max_length=max_length(trained.model, data.max_length),
             over_length=data.over_length,
             left_out=self._left_out,
         )
@@ -150,16 +150,21 @@ BINARY_RANKING = RewardModelKind(LanguageRunConfig, build_run, free=_FREE)
 REGRESSION = RewardModelKind(LanguageRunConfig, build_run, free=_FREE)
 
 
-def max_length(model: LanguageRewardModel, data: LanguageDataConfig) -> int:
+def max_length(model: LanguageRewardModel, asked: int | None, *, name: str = "data.max_length") -> int:
     """Return how many tokens a text may have.
+
+    Args:
+        model: The model that reads it.
+        asked: What the user wants; None: what the network can read, at most 4096.
+        name: Of what the user set, for the message of an error.
 
     Raises:
         ConfigError: More are asked for than the network has positions.
     """
     positions = model.max_positions or MAX_LENGTH
-    if data.max_length is not None and data.max_length > positions:
-        raise ConfigError(f"data.max_length={data.max_length}: the network reads at most {positions} tokens")
-    return data.max_length or min(positions, MAX_LENGTH)
+    if asked is not None and asked > positions:
+        raise ConfigError(f"{name}={asked}: the network reads at most {positions} tokens")
+    return asked or min(positions, MAX_LENGTH)
 
 
 def _fitting(trained: LanguageTrainable, data: LanguageDataConfig) -> Fitting:

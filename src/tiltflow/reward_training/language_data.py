@@ -22,7 +22,15 @@ Tokens: TypeAlias = NDArray[np.int32]
 class Tokenizing:
     """Makes tokens of texts, and counts those that are too long."""
 
-    def __init__(self, model: LanguageRewardModel, *, max_length: int, over_length: OverLength, left_out: LeftOut):
+    def __init__(
+        self,
+        model: LanguageRewardModel,
+        *,
+        max_length: int,
+        over_length: OverLength,
+        left_out: LeftOut,
+        keep_identical: bool = False,
+    ):
         """Take a model and what to do.
 
         Args:
@@ -31,11 +39,13 @@ class Tokenizing:
             over_length: Leave a longer one, or the pair it is in, out (`filter`), keep its beginning and what ends
                 texts (`truncate`), or stop (`error`).
             left_out: Counts what cannot be encoded, or raises.
+            keep_identical: Keep, and count, two texts that are the same tokens, instead of leaving them out.
         """
         self._model = model
         self._max_length = max_length
         self._over_length = over_length
         self._left_out = left_out
+        self._keep_identical = keep_identical
         self.notes: Counter[str] = Counter()  # how many examples were too long
 
     def tokens(self, texts: Sequence[Any], place: str) -> list[Tokens] | None:
@@ -55,8 +65,10 @@ class Tokenizing:
         rows = [self._model.shortened(row, self._max_length) for row in rows]
         if len(rows) == 2 and rows[0] == rows[1]:
             cause = "after both were truncated" if longest > self._max_length else "once they are tokens"
-            self._left_out.bad(place, BadRecord("identical chosen and rejected", cause))
-            return None
+            if not self._keep_identical:
+                self._left_out.bad(place, BadRecord("identical chosen and rejected", cause))
+                return None
+            self.notes[f"identical {cause}, so equal rewards"] += 1
         return [np.asarray(row, dtype=np.int32) for row in rows]
 
     def _shortened(self, longest: int, place: str) -> bool:

@@ -137,11 +137,21 @@ def preference_accuracy(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: Arra
     Raises:
         DataError: A number is not finite.
     """
+    right, decided = agreements(rewards_0, rewards_1, labels)
+    return _rate(right[decided])
+
+
+def agreements(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return whether the preferred image has the higher reward, 1 or 0 `[N]`, and which pairs are no ties, `[N]`.
+
+    Raises:
+        DataError: A number is not finite.
+    """
     difference = _finite("rewards_0", rewards_0) - _finite("rewards_1", rewards_1)
     given = _finite("labels", labels)
     decided = given.max(axis=1) > 0.5 if len(given) else np.zeros(0, dtype=np.bool_)
     right = np.where(given[:, 0] > given[:, 1], difference > 0, difference < 0)
-    return _rate(right[decided].astype(np.float64))
+    return right.astype(np.float64), decided
 
 
 def pair_rewards(model: CLIPRewardModel, pairs: Examples, *, batch_size: int = 64) -> tuple[Floats, Floats, Floats]:
