@@ -20,18 +20,20 @@ def build_tokenizer(captions: Sequence[str], *, max_length: int) -> CLIPTokenize
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [byte + "</w>" for byte in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=2_000,
+        vocab_size=2_200,
         min_frequency=1,
-        special_tokens=[start, end],
+        # Of equally frequent pairs that with the lower numbers is merged first. If letters that end a word were not given,
+        # they would be numbered in an order that changes from run to run and from process to process.
+        special_tokens=[start, end, *ends],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
     merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    # Numbered anew: the trainer numbers the letters that end a word in an order that changes from run to run.
-    symbols = [start, end, *alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
+    symbols = [start, end, *alphabet, *ends, *("".join(pair) for pair in merges)]
     vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     return CLIPTokenizer(
         vocab=vocab,
