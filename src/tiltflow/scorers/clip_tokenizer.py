@@ -24,8 +24,8 @@ def build_tokenizer(captions: Sequence[str], *, max_length: int) -> CLIPTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=2_200,
         min_frequency=1,
-        # Of equally frequent pairs that with the lower numbers is merged first. If letters that end a word were not given,
-        # they would be numbered in an order that changes from run to run and from process to process.
+        # Of equally frequent pairs that with the lower numbers is merged first. Letters that end a word are given, for
+        # otherwise they are numbered in an order that changes from run to run and from process to process.
         special_tokens=[start, end, *ends],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
