@@ -20,20 +20,20 @@ def build_tokenizer(captions: Sequence[str], *, max_length: int) -> CLIPTokenize
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ends = [byte + "</w>" for byte in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=2_200,
+        vocab_size=2_000,
         min_frequency=1,
-        # Of equally frequent pairs that with the lower numbers is merged first. Letters that end a word are given, for
-        # otherwise they are numbered in an order that changes from run to run and from process to process.
-        special_tokens=[start, end, *ends],
+        # Pairs that occur equally often are merged in the order of their letters' numbers. Those of letters that end a
+        # word change from run to run unless they are given here: one set of captions shall make one tokenizer.
+        special_tokens=[start, end, *(byte + "</w>" for byte in alphabet)],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
     merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    symbols = [start, end, *alphabet, *ends, *("".join(pair) for pair in merges)]
+    # As CLIP numbers them: letters, letters that end a word, merged ones.
+    symbols = [start, end, *alphabet, *(byte + "</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
     vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     return CLIPTokenizer(
         vocab=vocab,
