@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from tiltflow.reward_training.preference import pickscore_criterion
 from tiltflow.rewards import build_reward
 from tiltflow.scorers import ClipScorer
 from tiltflow.scorers.clip_new import ClipSizes
+from tiltflow.scorers.clip_tokenizer import build_tokenizer
 from tiltflow.scorers.preprocess import clip_preprocess_levels
 
 SMALL = ClipSizes(
@@ -61,6 +63,19 @@ def test_a_new_model_is_the_same_for_the_same_seed() -> None:
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_new_tokenizer_is_the_same_each_time() -> None:
+    """Every process makes its own, and so does a run that goes on."""
+    draws = random.Random(0)
+    words = ["".join(draws.choices("abcdefgh", k=draws.randint(2, 9))) for _ in range(3000)]
+    first, second, third = (build_tokenizer(words, max_length=16) for _ in range(3))
+    assert first.get_vocab() == second.get_vocab() == third.get_vocab()
+    assert first(words)["input_ids"] == second(words)["input_ids"] == third(words)["input_ids"]
+    assert len(first) == 2000
+    lengths = [len(ids) for ids in first(words)["input_ids"]]
+    assert min(lengths) == 3  # a common word is one token between both ends
+    assert max(lengths) > 3  # a rare one is several
 
 
 def test_the_reward_is_the_same_in_any_micro_batch_and_company() -> None:

@@ -47,7 +47,7 @@ def new_clip(sizes: ClipSizes, captions: Sequence[str], *, seed: int) -> ClipBac
 
     Args:
         sizes: Its sizes.
-        captions: What the tokenizer learns its 2,000 tokens from; rare words are pieces, others letters.
+        captions: What the tokenizer learns its tokens from, at most 2,000; rare words are pieces, others letters.
         seed: Seeds the weights.
     """
     tokenizer = build_tokenizer(captions, max_length=sizes.text_tokens)
