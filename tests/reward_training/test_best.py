@@ -58,8 +58,8 @@ def test_unknown_metrics_are_named(tmp_path: Path) -> None:
         BestModels(tmp_path, config, sets=["a", "b"])
     with pytest.raises(ConfigError, match="there is none: give the data a validation set"):
         BestModels(tmp_path, config, sets=[])
-    with pytest.raises(ConfigError, match=r"'validation/acc' is not measured; legal: validation/accuracy, validation/"):
-        best(tmp_path).check(["validation/loss", "validation/accuracy", "validation_seconds", "train/acc"])
+    with pytest.raises(ConfigError, match=r"'validation/acc' is not measured; legal: validation/loss, validation/mae"):
+        best(tmp_path).check(["validation/loss", "validation/mae", "validation_seconds", "train/acc"])
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
