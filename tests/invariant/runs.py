@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,18 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
-def train(config: Path, *, launcher: tuple[str, ...] = (sys.executable, "-m", "tiltflow"), **extra: str) -> str:
-    """Run `tiltflow train` to its end and return what it printed."""
+def launch(command: Sequence[str | Path], **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its good end and return what it printed."""
     finished = subprocess.run(
-        [*launcher, "train", str(config)],
-        env=environment(**extra),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, env=environment(**extra), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished
+
+
+def train(config: Path, *, launcher: tuple[str, ...] = (sys.executable, "-m", "tiltflow"), **extra: str) -> str:
+    """Run `tiltflow train` to its end and return what it printed."""
+    finished = launch([*launcher, "train", config], **extra)
     return finished.stdout + finished.stderr
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.invariant.runs import ROOT, environment
+from tests.invariant.runs import ROOT, environment, launch
 from tiltflow import cli
 from tiltflow.commands.reward_config import find_kind, load_reward_config
 from tiltflow.runtime.tracking import read_jsonl
@@ -205,16 +205,7 @@ def test_two_processes_leave_the_same_folder(finished: Path, tmp_path: Path) -> 
     alone = write(tmp_path / "one", model={"dropout": 0.0})
     assert run(alone) == 0
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launcher, "--num_machines", "1", "--mixed_precision", "no", "-m", "tiltflow", "train-reward", str(config)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch([*launcher, "--num_machines", "1", "--mixed_precision", "no", "-m", "tiltflow", "train-reward", str(config)])
     for one, other in zip(rows(tmp_path), rows(tmp_path / "one"), strict=True):
         assert one == pytest.approx(other, abs=1e-6)
     trees = [

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.invariant.runs import ROOT, environment
+from tests.invariant.runs import launch
 from tests.reward_training.processes import command
 
 
@@ -20,16 +19,7 @@ def start(
     """Run the program and return the metrics of its steps, without times, and the weights that it saved."""
     folder.mkdir()
     program = ["-m", "tests.reward_training.image_processes", str(folder), kind, str(negatives)]
-    done = subprocess.run(
-        [*command(processes, kind), *program],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch([*command(processes, kind), *program])
     steps = json.loads((folder / "steps.json").read_text())
     kept = [{key: value for key, value in step.items() if not key.endswith("seconds")} for step in steps]
     return kept, load_file(folder / "model" / "model.safetensors")

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from tests.invariant.runs import environment
+from tests.invariant.runs import launch
 from tests.reward_training.pairs import LABELS, PROMPTS, levels, pair_batch, rows_of, tiny_model
 from tests.scorers.test_preprocess import drawn, stats
 from tests.scorers.tiny_clip import save_clip, tiny_backbone
@@ -411,15 +410,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     program.write_text(PROGRAM)
     found = []
     for extra in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        done = subprocess.run(
-            [sys.executable, *extra, str(program)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        done = launch([sys.executable, *extra, str(program)])
         found.append(json.loads(done.stdout))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5, abs=1e-5)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4, abs=1e-4)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 from PIL import Image
 
 from tests.data.test_image_preferences import write_lines
-from tests.invariant.runs import ROOT, environment
+from tests.invariant.runs import ROOT, launch
 from tests.scorers.tiny_clip import save_tokenizer, tiny_model, to_open_clip
 from tests.test_report import Page
 from tiltflow import cli
@@ -196,8 +195,7 @@ def test_two_processes_tell_together_what_was_left_out(tmp_path: Path) -> None:
     config = write(tmp_path, **bad_images(tmp_path))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [sys.executable, *launcher, "-m", "tiltflow", "train-reward", str(config)]
-    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
+    launch(words)
     rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "train/loss" in row]
     assert [row["train/skipped"] for row in rows] == [0, 2, 0, 1, 0, 0, 0, 0, 2, 0, 1, 0, 0]
     described = json.loads((tmp_path / "out" / "data.json").read_text())

@@ -1,7 +1,6 @@
 """Language reward models through the command line and on two processes, from text to a reward."""
 
 import json
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.invariant.runs import ROOT, environment
+from tests.invariant.runs import launch
 from tests.reward_training.processes import command
 from tests.reward_training.real_text import save_model, write_pairs
 from tests.scorers.tiny_language import save_causal
@@ -109,16 +108,7 @@ def start(folder: Path, *, kind: str, base: str, data: Path, processes: int, par
     """Run the program and return what each process found."""
     folder.mkdir()
     program = ["-m", "tests.reward_training.language_processes", kind, base, data, folder, parallel]
-    done = subprocess.run(
-        [*command(processes, parallel), *program],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch([*command(processes, parallel), *program])
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 

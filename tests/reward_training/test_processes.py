@@ -1,14 +1,13 @@
 """One run on one process and on two, with DDP and with FSDP2: the same numbers."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.invariant.runs import ROOT, environment
+from tests.invariant.runs import launch
 from tests.reward_training.processes import command
 
 Answers = dict[str, Any]
@@ -16,16 +15,7 @@ Answers = dict[str, Any]
 
 def start(folder: Path, *, processes: int, kind: str = "ddp") -> list[Answers]:
     """Run the program and return what each process found."""
-    done = subprocess.run(
-        [*command(processes, kind), "-m", "tests.reward_training.processes", folder, kind],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch([*command(processes, kind), "-m", "tests.reward_training.processes", folder, kind])
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -1,13 +1,12 @@
 """Ranks that fail together, and shares that fit: two real processes."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.invariant.runs import environment
+from tests.invariant.runs import launch
 from tiltflow.errors import GeometryError
 from tiltflow.runtime.distributed import Distributed, check_divisible
 
@@ -35,15 +34,7 @@ group.close()
 def test_two_processes(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "program.py")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = launch([*command, str(tmp_path / "program.py")])
     first, second = done.stdout.strip().split("\n")
     users, programmers = ("TiltflowError", "rank 1 failed: RewardError: judge"), ("RuntimeError", "rank 1 failed: Val")
     assert first.startswith(f"[3.0, [0, 1], ['a', 'b'], {users}, {str(programmers)[:-2]}")
