@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.invariant.runs import launch
 from tests.shared import case_tensors, golden, requires_shared
 from tiltflow.errors import TrainingError
 from tiltflow.reward_training import preference_kl
