@@ -18,7 +18,7 @@ def test_pairs_become_a_reward_and_the_reward_a_better_generator(
     monkeypatch.chdir(tmp_path)  # shapes_pickscore names the other's model by its path
     assert cli.main(["train-reward", "shapes_preference", "--tracking.console", "false"]) == 0
     rows = read_jsonl(Path("outputs/shapes_preference/metrics.jsonl"))
-    assert max(row.get("validation/acc", 0.0) for row in rows) >= 0.85  # of held-out prompts; measured: 0.880
+    assert max(row.get("validation/acc", 0.0) for row in rows) >= 0.85  # of held-out prompts; measured: 0.862
 
     assert cli.main(["train", "shapes_pickscore", "--tracking.console", "false"]) == 0
     folder = Path("outputs/shapes_pickscore/evaluations")
