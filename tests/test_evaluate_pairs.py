@@ -13,7 +13,7 @@ import torch
 from tests.data.test_image_preferences import write_lines
 from tests.scorers.tiny_clip import save_clip
 from tiltflow.cli import main
-from tiltflow.data.image_preferences import PairFilter, read_preferences
+from tiltflow.data.image_preferences import PairFilter, read_image_preferences
 from tiltflow.errors import DataError
 from tiltflow.evaluation.pair_bench import PairRewards, pair_bench, pair_content, pair_table
 from tiltflow.reward_training import CLIPRewardModel, get_reward_model
@@ -121,7 +121,7 @@ def test_the_command_measures_an_image_text_model(tmp_path, capsys, clip):
     model = get_reward_model({"pretrained": str(clip)}, mbs=4, gbs=4)
     skip = PairFilter(on_bad_record="skip", on_bad_image="skip")
     sets = {"--validation": validation, "pairs": test}
-    found = {name: pair_rewards(model, read_preferences(str(path), skip)) for name, path in sets.items()}
+    found = {name: pair_rewards(model, read_image_preferences(str(path), skip)) for name, path in sets.items()}
     expected = {name: PairRewards(*each, np.full(len(each[0]), "a cat")) for name, each in found.items()}
     by_hand = pair_bench({"pairs": expected["pairs"]}, expected["--validation"])
     assert result["sets"] == json.loads(json.dumps(pair_content(by_hand)["sets"]))

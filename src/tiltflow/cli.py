@@ -112,7 +112,9 @@ def _evaluate_reward_arguments(commands: Any) -> None:
     )
     judge.add_argument("model", help="a folder such as outputs/<run>/model, or a hub name")
     judge.add_argument(
-        "data", nargs="+", help="sets of pairs: files, folders, hub names, or as YAML '{source: ..., split: ...}'"
+        "data",
+        nargs="+",
+        help="sets of pairs: files, folders, hub names as owner/name@split; of images also '{source: ..., split: ...}'",
     )
     judge.add_argument(
         "--output", type=Path, help=".json, in the model's run by default; every pair's scores beside it"
@@ -123,9 +125,9 @@ def _evaluate_reward_arguments(commands: Any) -> None:
     language.add_argument(
         "--as_conversation",
         choices=("auto", "yes", "no"),
-        help="prompt and answer through the chat template; auto, the default: if the model has one",
+        help="prompt and answer through the chat template; auto, the default: as in training",
     )
-    language.add_argument("--columns", help="what the data calls them otherwise: '{chosen: better, prompt: ''}'")
+    language.add_argument("--columns", help="what the data calls them otherwise: '{chosen: better}'")
     language.add_argument("--max_length", type=_positive, help="tokens of a text; what the network can read by default")
     language.add_argument("--over_length", choices=("truncate", "filter", "error"), help="truncate by default")
     language.add_argument("--attribute", help="which of several numbers is the reward: a name or a number")

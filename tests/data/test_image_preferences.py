@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiltflow.data.image_preferences import PairFilter, collate, read_preferences
+from tiltflow.data.image_preferences import PairFilter, collate, read_image_preferences
 from tiltflow.errors import DataError
 
 SKIP = PairFilter(on_bad_record="skip", on_bad_image="skip")
@@ -93,7 +93,7 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def test_stored_pairs(stored: tuple[str, str | None]) -> None:
     source, split = stored
-    pairs = read_preferences(source, PairFilter(), split=split)
+    pairs = read_image_preferences(source, PairFilter(), split=split)
     assert (len(pairs), list(pairs.lengths), pairs.notes) == (4, [1, 1, 1, 1], {})
     batch = pairs.batch([3, 0, 2], [1, 1, 1])
     assert batch["prompt"] == ["prompt 3", "prompt 0", "prompt 2"]
@@ -102,7 +102,7 @@ def test_stored_pairs(stored: tuple[str, str | None]) -> None:
     for row, place in enumerate((3, 0, 2)):
         assert torch.equal(batch["img_0"][row], torch.from_numpy(pixels(2 * place, height=10 + place)))
         assert torch.equal(batch["img_1"][row], torch.from_numpy(pixels(2 * place + 1, width=20 - place)))
-    assert len(read_preferences(source, PairFilter(filter_ties=True), split=split)) == 3
+    assert len(read_image_preferences(source, PairFilter(filter_ties=True), split=split)) == 3
 
 
 def test_lines_of_json(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_lines_of_json(tmp_path: Path) -> None:
         "",
         {"image_0": "images/2.png", "image_1": str(tmp_path / "images" / "3.png"), "label_0": 0.25, "label_1": 0.75},
     )
-    pairs = read_preferences(str(path), PairFilter())
+    pairs = read_image_preferences(str(path), PairFilter())
     batch = pairs.batch([1], [1])
     assert torch.equal(batch["img_0"][0], torch.from_numpy(pixels(2)))
     assert torch.equal(batch["img_1"][0], torch.from_numpy(pixels(3)))
@@ -147,20 +147,20 @@ def test_sources_that_are_none(name: str, message: str, tmp_path: Path, monkeypa
     parquet.write_table(table.drop_columns(["jpg_1", "label_1"]), tmp_path / "columns.parquet")
     parquet.write_table(table.slice(0, 0), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=message):
-        read_preferences(str(tmp_path / name), PairFilter())
+        read_image_preferences(str(tmp_path / name), PairFilter())
 
 
 def test_a_hub_set_that_is_out_of_reach() -> None:
     pytest.importorskip("datasets", reason="datasets, the extra 'datasets', is not installed")
     with pytest.raises(DataError, match="no such file or folder, and no data set of the hub that can be loaded"):
-        read_preferences("nobody/nothing_of_the_kind", PairFilter())
+        read_image_preferences("nobody/nothing_of_the_kind", PairFilter())
 
 
 def test_the_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "pairs.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"pip install 'tiltflow\[datasets\]'"):
-        read_preferences(str(tmp_path / "pairs.parquet"), PairFilter())
+        read_image_preferences(str(tmp_path / "pairs.parquet"), PairFilter())
 
 
 # --- bad records ------------------------------------------------------------------------------------------------------
@@ -188,10 +188,10 @@ BAD_LINES = [
 def test_a_bad_record_is_an_error_or_counted(line: Any, message: str, name: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path, {}, line, {"image_0": "images/4.png"})
     with pytest.raises(DataError, match=message) as caught:
-        read_preferences(str(path), PairFilter())
+        read_image_preferences(str(path), PairFilter())
     assert "on_bad_record: skip" in str(caught.value)
     assert str(path) in str(caught.value)
-    pairs = read_preferences(str(path), SKIP)
+    pairs = read_image_preferences(str(path), SKIP)
     assert (len(pairs), pairs.notes) == (2, {name: 1})
     assert torch.equal(pairs.batch([1], [1])["img_0"][0], torch.from_numpy(pixels(4)))
 
@@ -199,12 +199,12 @@ def test_a_bad_record_is_an_error_or_counted(line: Any, message: str, name: str,
 def test_a_set_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path, *(["{"] * 5))
     with pytest.raises(DataError, match=r"none of 5 is left \(5 broken JSON\)"):
-        read_preferences(str(path), SKIP)
+        read_image_preferences(str(path), SKIP)
 
 
 def test_what_nobody_judged_is_left_out_and_counted(tmp_path: Path) -> None:
     path = write_lines(tmp_path, {}, {"label_0": 0, "label_1": 0}, {"has_label": False}, {"has_label": True})
-    pairs = read_preferences(str(path), PairFilter())
+    pairs = read_image_preferences(str(path), PairFilter())
     assert (len(pairs), pairs.notes) == (2, {"unlabelled": 2})
 
 
@@ -212,7 +212,7 @@ def test_filters_count_what_they_leave_out(tmp_path: Path) -> None:
     tie = {"label_0": 0.5, "label_1": 0.5}
     path = write_lines(tmp_path, {}, tie, {}, {"prompt": "a dog"}, {}, tie)
     rules = PairFilter(filter_ties=True, pairs_per_prompt=2)
-    pairs = read_preferences(str(path), rules)
+    pairs = read_image_preferences(str(path), rules)
     assert pairs.notes == {"tie": 2, "over pairs_per_prompt": 1}
     assert pairs.batch([0, 1, 2], [1, 1, 1])["prompt"] == ["a cat", "a cat", "a dog"]
     assert pairs.prompts == ["a cat", "a dog"]
@@ -221,7 +221,7 @@ def test_filters_count_what_they_leave_out(tmp_path: Path) -> None:
 def test_weights_by_prompt_count_the_pairs_that_are_used(tmp_path: Path) -> None:
     tie = {"label_0": 0.5, "label_1": 0.5}
     path = write_lines(tmp_path, {}, {}, tie, {"prompt": "a dog"})
-    pairs = read_preferences(str(path), PairFilter(filter_ties=True, weight_by_prompt=True))
+    pairs = read_image_preferences(str(path), PairFilter(filter_ties=True, weight_by_prompt=True))
     assert pairs.batch([0, 1, 2], [1, 0, 1])["weight"].tolist() == [0.5, 0, 1]
 
 
@@ -240,8 +240,8 @@ def test_a_bad_image_is_an_error_or_weighs_nothing(damage: str, tmp_path: Path) 
         case _:
             target.write_bytes(target.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"pairs.jsonl, line 2: an image cannot be read.*on_bad_image"):
-        read_preferences(str(path), PairFilter()).batch([0, 1], [1, 1])
-    pairs = read_preferences(str(path), SKIP)
+        read_image_preferences(str(path), PairFilter()).batch([0, 1], [1, 1])
+    pairs = read_image_preferences(str(path), SKIP)
     batch = pairs.batch([0, 1, 2], [1, 1, 1])
     assert batch["weight"].tolist() == [1, 0, 1]
     assert batch["skipped"].tolist() == [0, 1, 0]
@@ -255,15 +255,15 @@ def test_a_preferred_image_that_is_the_other_one(tmp_path: Path) -> None:
     same = {"image_1": "images/0.png"}
     path = write_lines(tmp_path, {}, same, same | {"label_0": 0.5, "label_1": 0.5})
     with pytest.raises(DataError, match="line 2: the preferred image is the other one"):
-        read_preferences(str(path), PairFilter(on_bad_image="skip")).batch([0, 1, 2], [1, 1, 1])
-    pairs = read_preferences(str(path), SKIP)
+        read_image_preferences(str(path), PairFilter(on_bad_image="skip")).batch([0, 1, 2], [1, 1, 1])
+    pairs = read_image_preferences(str(path), SKIP)
     assert pairs.batch([0, 1, 2], [1, 1, 1])["weight"].tolist() == [1, 0, 1]
     assert pairs.found == {1: "identical images"}
 
 
 def test_rows_that_fill_up_a_batch_are_not_read(tmp_path: Path) -> None:
     path = write_lines(tmp_path, {}, {"image_1": "images/gone.png"})
-    pairs = read_preferences(str(path), PairFilter())
+    pairs = read_image_preferences(str(path), PairFilter())
     batch = pairs.batch([0, 1], [1, 0])
     assert (batch["weight"].tolist(), batch["skipped"].tolist()) == ([1, 0], [0, 0])
     assert (pairs.notes, pairs.found) == ({}, {})
@@ -273,7 +273,7 @@ def test_images_of_other_modes_become_rgb(tmp_path: Path) -> None:
     path = write_lines(tmp_path, {})
     Image.fromarray(pixels(0)).convert("L").save(tmp_path / "images" / "0.png")
     Image.fromarray(pixels(1)).convert("RGBA").save(tmp_path / "images" / "1.png")
-    batch = read_preferences(str(path), PairFilter()).batch([0], [1])
+    batch = read_image_preferences(str(path), PairFilter()).batch([0], [1])
     assert batch["img_0"][0].shape == batch["img_1"][0].shape == (12, 10, 3)
     assert torch.equal(batch["img_1"][0], torch.from_numpy(pixels(1)))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.data.test_image_preferences import pixels, png, record, write_lines
-from tiltflow.data.image_preferences import PairFilter, read_preferences
+from tiltflow.data.image_preferences import PairFilter, read_image_preferences
 from tiltflow.data.pair_sources import open_pairs
 from tiltflow.data.sources import open_source
 from tiltflow.errors import DataError
@@ -64,7 +64,7 @@ def test_a_split_does_not_choose_from_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="split='validation' chooses from a folder"):
             texts(tmp_path / source, "validation")
         with pytest.raises(DataError, match="split='validation' chooses from a folder"):
-            read_preferences(str(tmp_path / source), PairFilter(), split="validation")
+            read_image_preferences(str(tmp_path / source), PairFilter(), split="validation")
 
 
 def test_a_pattern_takes_only_files_of_records(tmp_path: Path) -> None:
@@ -85,15 +85,18 @@ def test_folders_with_one_split_or_none_in_their_names(tmp_path: Path) -> None:
     shard(tmp_path / "two" / "test.parquet", "e")
     shard(tmp_path / "own" / "mine-0.parquet", "f")
     shard(tmp_path / "own" / "yours-0.parquet", "g")
+    shard(tmp_path / "last" / "helpful-base-train.parquet", "j")
+    shard(tmp_path / "last" / "helpful_base_test.parquet", "k")
     shard(tmp_path / "folders" / "train" / "0.parquet", "h")
     shard(tmp_path / "folders" / "test" / "0.parquet", "i")
     assert [texts(tmp_path / name) for name in ("numbers", "parts", "saved")] == [["a", "a"], ["b", "b"], ["c", "c"]]
     assert texts(tmp_path / "two", "test") == ["e"]
+    assert texts(tmp_path / "last", "train") == ["j"]
     assert texts(tmp_path / "own", "mine") == ["f"]
     with pytest.raises(DataError, match="there is no split 'mine'; the folder has no file that ends in"):
         texts(tmp_path / "numbers", "mine")
     assert texts(tmp_path / "folders", "test") == ["i"]
-    for name in ("two", "folders"):
+    for name in ("two", "folders", "last"):
         with pytest.raises(DataError, match="it holds the splits test, train; give one"):
             texts(tmp_path / name)
     with pytest.raises(DataError, match="it holds the splits test, train; give one"):
@@ -142,7 +145,7 @@ def test_a_set_is_opened_without_a_look_at_each_row(tmp_path: Path) -> None:
     with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=100)
     before = time.process_time()
-    assert len(read_preferences(str(tmp_path / "a.arrow"), PairFilter(weight_by_prompt=True))) == rows
+    assert len(read_image_preferences(str(tmp_path / "a.arrow"), PairFilter(weight_by_prompt=True))) == rows
     assert time.process_time() - before < 1.5  # 0.3 s; reading row by row took 4
 
 
@@ -181,24 +184,24 @@ def test_a_table_may_name_files(tmp_path: Path) -> None:
     write_lines(tmp_path, {})
     row = record(0) | {"jpg_0": "images/0.png", "jpg_1": "images/1.png"}
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
-    (image,) = read_preferences(str(tmp_path / "a.parquet"), PairFilter()).batch([0], [1])["img_1"]
+    (image,) = read_image_preferences(str(tmp_path / "a.parquet"), PairFilter()).batch([0], [1])["img_1"]
     assert (image.numpy() == pixels(1)).all()
 
 
 def test_weights_by_the_column_that_pick_a_pic_has(tmp_path: Path) -> None:
     rows = [record(place, caption="same", num_example_per_prompt=4) for place in range(2)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    batch = read_preferences(str(tmp_path / "a.parquet"), PairFilter(weight_by_prompt=True)).batch([0, 1], [1, 1])
+    batch = read_image_preferences(str(tmp_path / "a.parquet"), PairFilter(weight_by_prompt=True)).batch([0, 1], [1, 1])
     assert batch["weight"].tolist() == [0.25, 0.25]
 
 
 def test_labels_that_nobody_gave_may_be_missing(tmp_path: Path) -> None:
     rows = [record(0, has_label=True), record(1, has_label=False, label_0=None, label_1=None)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    pairs = read_preferences(str(tmp_path / "a.parquet"), PairFilter())
+    pairs = read_image_preferences(str(tmp_path / "a.parquet"), PairFilter())
     assert (len(pairs), pairs.notes) == (1, {"unlabelled": 1})
     parquet.write_table(
         pyarrow.Table.from_pylist([*rows, record(2, has_label=True, label_0=None)]), tmp_path / "b.parquet"
     )
     with pytest.raises(DataError, match="row 3: no number: label_0 is None"):
-        read_preferences(str(tmp_path / "b.parquet"), PairFilter())
+        read_image_preferences(str(tmp_path / "b.parquet"), PairFilter())

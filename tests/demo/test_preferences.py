@@ -9,7 +9,7 @@ import torch
 
 from tiltflow.data.drawn_pairs import DrawnPairs, draw_pairs
 from tiltflow.data.geneval import content
-from tiltflow.data.image_preferences import ImagePreferences, PairFilter, read_preferences
+from tiltflow.data.image_preferences import ImagePreferences, PairFilter, read_image_preferences
 from tiltflow.demo.detector import ShapeDetector
 from tiltflow.demo.preferences import FLAWS, DrawnPreferences, degrade, draw_pair, spoil, write_pairs
 from tiltflow.demo.prompts import split_prompts
@@ -109,7 +109,7 @@ def test_written_pairs_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     drawn = DrawnPreferences(DrawnPairs(pairs=12, ties=0.3, label_noise=0.2))
     write_pairs(drawn, tmp_path / "pairs.parquet")
-    read = read_preferences(str(tmp_path / "pairs.parquet"), PairFilter())
+    read = read_image_preferences(str(tmp_path / "pairs.parquet"), PairFilter())
     direct = ImagePreferences(draw_pairs(DrawnPairs(pairs=12, ties=0.3, label_noise=0.2)), PairFilter())
     found, expected = (pairs.batch(range(12), [1.0] * 12) for pairs in (read, direct))
     assert found["prompt"] == expected["prompt"]
@@ -117,7 +117,7 @@ def test_written_pairs_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for key in ("img_0", "img_1"):
         assert all(torch.equal(a, b) for a, b in zip(found[key], expected[key], strict=True))
     write_pairs(drawn, tmp_path / "two.parquet", places=[3, 5])
-    assert len(read_preferences(str(tmp_path / "two.parquet"), PairFilter())) == 2
+    assert len(read_image_preferences(str(tmp_path / "two.parquet"), PairFilter())) == 2
 
 
 def test_flaws_are_those_that_are_asked_for() -> None:

@@ -150,7 +150,7 @@ def test_a_remedy_is_not_refused(finished: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("kind", ["image_text", "binary_ranking", "regression"])
 def test_validation_sets_are_no_part_of_what_a_run_is(kind: str) -> None:
     free = find_kind(kind).free
-    assert "data.validation" in free and not {"data", "data.train", "data.on_bad_record"} & {*free}
+    assert "data.validation" in free and not {"data", "data.train"} & {*free}
     assert ("data.on_bad_image" in free) == (kind == "image_text")
 
 
@@ -213,6 +213,29 @@ def test_two_processes_leave_the_same_folder(finished: Path, tmp_path: Path) -> 
         for folder in (tmp_path, tmp_path / "one")
     ]
     assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("steps", [10, 18])
+def test_models_measured_on_other_data_are_not_compared(tmp_path: Path, steps: int) -> None:
+    config = write(tmp_path, train={"schedule": "constant"})
+    out = tmp_path / "out"
+    assert run(config, "--max_steps", "10") == 0
+    former = {path.name for path in (out / "best").iterdir()}
+    assert run(config, "--max_steps", str(steps), "--limit_validation_batches", "1") == 0
+    if steps == 10:  # nothing is left to train, so nothing is measured anew
+        assert {path.name for path in (out / "best").iterdir()} == former and not (out / "best.old").exists()
+    else:
+        assert {path.name for path in (out / "best.old").iterdir()} == former
+        assert all(int(path.name[-6:]) > 10 for path in (out / "best").iterdir())
+        assert json.loads((out / "model" / "metrics.json").read_text())["step"] > 10
+
+
+def test_results_of_an_earlier_run_move_aside(tmp_path: Path) -> None:
+    result = tmp_path / "out" / "evaluation" / "model-pairs.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    assert run(write(tmp_path), "--max_steps", "2") == 0
+    assert not result.parent.exists() and (tmp_path / "out" / "evaluation.old" / result.name).is_file()
 
 
 @pytest.mark.parametrize("keep_best", [True, False])

@@ -183,11 +183,24 @@ def test_bad_images_are_left_out_and_told(tmp_path: Path) -> None:
     report = (tmp_path / "out" / "report.html").read_text()
     assert "Nothing was left out" not in report
     assert "train: unreadable image" in report
-    strict = write(tmp_path, **(sections | {"output_dir": str(tmp_path / "strict")}))
-    values = yaml.safe_load(strict.read_text())
-    values["data"]["on_bad_image"] = "error"
-    strict.write_text(yaml.safe_dump(values))
-    assert cli.main(["train-reward", str(strict)]) != 0
+
+
+def test_a_run_that_a_bad_pair_has_stopped_goes_on_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its message says what to set; doing so must not be refused."""
+    data = write_lines(tmp_path / "data", *({"image_0": f"images/{place}.png"} for place in (0, 2, 4, 1)))
+    train = {"max_steps": 5, "batch_size": 1, "warmup_steps": 0, "shuffle": False, "save_every": 1, "workers": 0}
+    config = str(write(tmp_path, data={"train": {"source": str(data)}, "validation": {}}, train=train))
+    assert cli.main(["train-reward", config]) == 2
+    assert (
+        "line 4: the preferred image is the other one; remove the pair; or set on_bad_image" in capsys.readouterr().err
+    )
+    assert cli.main(["train-reward", config, "--on_bad_image", "skip", "--on_bad_record", "skip"]) == 0
+    told = capsys.readouterr().err
+    assert "goes on with another value: data.on_bad_record: 'error' -> 'skip'" in told and "after step 3" in told
+    described = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert described["left_out"] == {"train: identical images": 1}
 
 
 @pytest.mark.slow
@@ -284,7 +297,7 @@ def test_a_run_starts_from_a_file_of_open_clip(tmp_path: Path) -> None:
     assert weight.requires_grad
     with pytest.raises(ValueError, match="does not say its hidden_act; set it"):
         ImageTextModelConfig.model_validate({"pretrained": values["pretrained"]})
-    with pytest.raises(ValueError, match="belongs to pretrained, a file of open_clip"):
+    with pytest.raises(ValueError, match="belongs to a file of open_clip, and pretrained=None is no file"):
         ImageTextModelConfig.model_validate({"from_scratch": {}, "hidden_act": "gelu"})
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.data.test_image_preferences import SKIP, write_lines
 from tests.reward_training.pairs import tiny_model
 from tests.shared import case_tensors, golden, requires_shared
-from tiltflow.data.image_preferences import read_preferences
+from tiltflow.data.image_preferences import read_image_preferences
 from tiltflow.errors import DataError
 from tiltflow.reward_training.thresholds import (
     THRESHOLDS,
@@ -104,7 +104,7 @@ def test_rewards_that_are_not_finite_are_no_scores(value: float) -> None:
 
 def test_rewards_of_a_whole_set(tmp_path) -> None:
     path = write_lines(tmp_path, {}, {"image_0": "images/gone.png"}, {"image_0": "images/2.png"}, {"prompt": "a dog"})
-    pairs, model = read_preferences(str(path), SKIP), tiny_model()
+    pairs, model = read_image_preferences(str(path), SKIP), tiny_model()
     first, second, labels = pair_rewards(model, pairs, batch_size=3)
     assert model.training
     assert labels.tolist() == [[1, 0]] * 3

@@ -34,8 +34,8 @@ CHUNK = 256  # texts between two looks of the progress bar
 class LanguageEvaluation(Config):
     """What can be chosen for a language model."""
 
-    # Whether a prompt and an answer that are texts go through the chat template: `auto`, if the model has one; a text
-    # without prompt is then taken as it is.
+    # Whether a prompt and an answer that are texts go through the chat template: `auto`, if they did in training, or,
+    # where the model does not tell, if it has one; a text without prompt is then taken as it is.
     as_conversation: Literal["auto", "yes", "no"] = "auto"
     columns: Mapping[str, str] = Field(default_factory=dict[str, str])  # expected name -> the data's own
     max_length: int | None = Field(default=None, ge=1)  # tokens; None: what the network can read, at most 4096

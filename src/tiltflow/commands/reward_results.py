@@ -9,11 +9,11 @@ from typing import Any
 
 from tiltflow.commands.build import CONFIG_FILE
 from tiltflow.config import parse_value
+from tiltflow.data.sources import SHARDS
 from tiltflow.errors import ConfigError
 from tiltflow.runtime.files import make_folder, write_atomically
 
 FOLDER = "evaluation"  # in the folder of a run
-ENDS = (".jsonl", ".parquet", ".arrow")  # of files of data, which their short names do not have
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _names(source: str) -> list[str]:
     path, _, split = source.partition("@")
     parts = [part for part in Path(path).parts if part not in ("/", ".")] or [path]
     last = Path(parts[-1])
-    parts[-1] = last.stem if last.suffix in ENDS else last.name
+    parts[-1] = last.stem if last.suffix in SHARDS else last.name
     longer = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
     return [*longer, *([f"{longer[-1]}@{split}"] if split else []), source]
 

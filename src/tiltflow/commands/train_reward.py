@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tiltflow.commands.build import CONFIG_FILE
 from tiltflow.commands.reward_config import load_reward_config
+from tiltflow.commands.reward_results import FOLDER as EVALUATION_FOLDER
 from tiltflow.commands.run_folder import changed_keys, newest_checkpoint, start_trackers, warn
 from tiltflow.report.reward_page import DATA_FILE, write_reward_report
 from tiltflow.reward_training.base import Fitting
@@ -20,6 +21,8 @@ from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
 
+# Where one of these changes, a model's numbers do not compare with those before.
+MEASURED_BY = ("data.validation", "train.limit_validation_batches")
 # A run in which one of these changes is another run; each kind of reward model adds its own, and excepts some of them.
 IDENTITY = ("seed", "train.batch_size", "train.shuffle", "train.length_window")
 
@@ -107,7 +110,7 @@ class _RewardRun:
             self.trainer.load(checkpoint)
         with self.distributed.together():
             if self.distributed.is_main:
-                self._make_room(afresh=checkpoint is None, changed=bool(changed))
+                self._make_room(changed, afresh=checkpoint is None)
         if checkpoint is not None and self.distributed.is_main:
             for line in changed:
                 warn(f"{self.folder} goes on with another value: {line}")
@@ -119,17 +122,26 @@ class _RewardRun:
         content = {
             "total_steps": self.trainer.total_steps,
             "train": len(self.fitting.train),
-            "validation": {name: len(examples) for name, examples in self.fitting.validation.items()},
+            "validation": self._validation_sizes(),
             "left_out": self.fitting.left_out(),
         }
         write_atomically(self.folder / DATA_FILE, json.dumps(content, indent=1))
 
-    def _make_room(self, *, afresh: bool, changed: bool) -> None:
-        """Move away, or remove, models of steps that this start will train, perhaps to other weights."""
-        final = self.folder / "model"
+    def _validation_sizes(self) -> dict[str, int]:
+        return {name or "validation": len(examples) for name, examples in self.fitting.validation.items()}
+
+    def _make_room(self, changed: Sequence[str], *, afresh: bool) -> None:
+        """Move away, or remove, models of steps that this start will train, perhaps to other weights.
+
+        The best models also move away where those to come are measured on something else.
+        """
+        final, best = self.folder / "model", self.folder / "best"
+        goes_on = self.trainer.step < self.trainer.total_steps
         if afresh:
-            set_aside(self.folder / "best")
-            set_aside(self.folder / FOLDER)
+            for former in (best, self.folder / FOLDER, self.folder / EVALUATION_FOLDER):
+                set_aside(former)
+        elif goes_on and any(line.startswith(MEASURED_BY) for line in changed):
+            set_aside(best)
         elif changed and self.best is not None:
             self.best.forget(after=self.trainer.step)
         there = None if afresh else read_model(final)
@@ -142,8 +154,8 @@ class _RewardRun:
             return
         self._write_data()
         trainer = self.trainer
-        sets = {name: len(examples) for name, examples in self.fitting.validation.items()}
-        told = [f"{len(self.fitting.train)} training examples", *(f"{count} of {name}" for name, count in sets.items())]
+        sizes = self._validation_sizes().items()
+        told = [f"{len(self.fitting.train)} training examples", *(f"{count} of {name}" for name, count in sizes)]
         told += [f"{why}: {count}" for why, count in self.fitting.notes.items() if count]
         steps = f"{trainer.batches.steps_per_epoch} steps an epoch, {trainer.total_steps} in all"
         print(f"{'; '.join(told)}; {steps}", file=sys.stderr)

@@ -16,7 +16,7 @@ from tiltflow.data.records import BadRecord, LeftOut, OnBad, OverLength, short
 from tiltflow.errors import DataError
 from tiltflow.types import Config
 
-TIE: Final = 0.01  # labels that differ by no more are a tie
+LABEL_TIE: Final = 0.01  # labels that differ by no more are a tie
 SUM_TOLERANCE: Final = 1e-3
 
 
@@ -127,7 +127,7 @@ class ImagePreferences:
             ]
         except DataError as error:
             return row | self._skip(place, "unreadable image", str(error), self._rules.on_bad_image)
-        if abs(label[0] - label[1]) > TIE and torch.equal(pixels[0], pixels[1]):
+        if abs(label[0] - label[1]) > LABEL_TIE and torch.equal(pixels[0], pixels[1]):
             message = f"{self._source.where(place)}: the preferred image is the other one; remove the pair"
             return row | self._skip(place, "identical images", message, self._rules.on_bad_record)
         return row | {"img_0": pixels[0], "img_1": pixels[1], "skipped": False}
@@ -150,7 +150,7 @@ class ImagePreferences:
         self._notes.update(left_out.counts)
         good = np.ones(len(source), dtype=np.bool_)
         good[list(bad)] = False
-        ties = np.abs(labels[:, 0] - labels[:, 1]) <= TIE if rules.filter_ties else np.zeros_like(good)
+        ties = np.abs(labels[:, 0] - labels[:, 1]) <= LABEL_TIE if rules.filter_ties else np.zeros_like(good)
         self._notes["unlabelled"] = int((good & unlabelled).sum())
         self._notes["tie"] = int((good & ~unlabelled & ties).sum())
         places: list[int] = np.flatnonzero(good & ~unlabelled & ~ties).tolist()
@@ -201,9 +201,11 @@ class ImagePreferences:
             raise DataError(f"pairs {source.name!r}: none of {len(source)} is left ({left_out}); change the filters")
 
 
-def read_preferences(source: str, rules: PairFilter, *, split: str | None = None) -> ImagePreferences:
-    """Read a set of pairs; see `open_pairs` for the sources and the errors."""
-    return ImagePreferences(open_pairs(source, split=split), rules)
+def read_image_preferences(
+    source: str, rules: PairFilter, *, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> ImagePreferences:
+    """Read a set of pairs; see `open_pairs` for the sources, their columns and the errors."""
+    return ImagePreferences(open_pairs(source, split=split, columns=columns), rules)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

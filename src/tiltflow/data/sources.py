@@ -116,7 +116,10 @@ def _split_of(file: Path) -> str:
         return numbered["split"]
     head = file.stem.partition("-")[0]
     first, _, rest = head.partition("_")
-    return "" if first not in _SPLITS else first if rest.isdigit() else head
+    if first in _SPLITS:
+        return first if rest.isdigit() else head
+    last = re.split("[-_]", file.stem)[-1]
+    return last if last in _SPLITS else ""
 
 
 def _open_files(source: str, files: Sequence[Path], mapped: bool) -> list[Part]:

@@ -170,7 +170,8 @@ class Fitting:
 
     def left_out(self) -> dict[str, int]:
         """Return what has been left out of each set so far, and how often."""
-        found = Counter(f"{name}: {why}" for name, records in self.found.items() for why in records.values())
+        # Lists, for threads that read ahead go on adding.
+        found = Counter(f"{name}: {why}" for name, records in self.found.items() for why in list(records.values()))
         return {**self.notes, **dict(sorted(found.items()))}
 
 

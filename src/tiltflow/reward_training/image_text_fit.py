@@ -8,8 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from tiltflow.data.drawn_pairs import DrawnPairs, draw_pairs
-from tiltflow.data.image_preferences import ImagePreferences, PairFilter
-from tiltflow.data.pair_sources import open_pairs
+from tiltflow.data.image_preferences import ImagePreferences, PairFilter, read_image_preferences
 from tiltflow.reward_training.base import Batch, Fitting, Shown
 from tiltflow.reward_training.fit_config import FitRunConfig, ImageTextFitConfig, RewardModelConfig, RewardModelKind
 from tiltflow.reward_training.image_text import CLIPRewardModel, PickscoreRewardModel
@@ -42,8 +41,11 @@ class ImageTextModelConfig(RewardModelConfig):
             raise ValueError("freeze_vision, freeze_text and freeze_logit_scale leave nothing to learn; unset one")
         if self.hidden_act is None and self.pretrained is not None and Path(self.pretrained).is_file():
             raise ValueError(f"pretrained={self.pretrained!r}: a file of open_clip does not say its hidden_act; set it")
-        if self.hidden_act is not None and self.pretrained is None:
-            raise ValueError(f"hidden_act={self.hidden_act!r} belongs to pretrained, a file of open_clip; leave it out")
+        if self.hidden_act is not None and not (self.pretrained is not None and Path(self.pretrained).is_file()):
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} belongs to a file of open_clip, and pretrained={self.pretrained!r} is "
+                "no file; leave it out, or correct the path"
+            )
         if self.from_scratch is not None and self.tokenizer is not None:
             raise ValueError("tokenizer: a model from_scratch learns its own from the prompts; leave it out")
         return self
@@ -173,12 +175,14 @@ def read_pairs(pairs: PairsConfig, section: PairFilter) -> ImagePreferences:
     """
     if pairs.drawn is not None:
         return ImagePreferences(draw_pairs(pairs.drawn), pairs.rules(section))
-    source = open_pairs(pairs.source or "", split=pairs.split, columns=pairs.columns)
-    return ImagePreferences(source, pairs.rules(section))
+    rules = pairs.rules(section)
+    return read_image_preferences(pairs.source or "", rules, split=pairs.split, columns=pairs.columns)
 
 
 def _build(config: ImageTextRunConfig) -> Fitting:
     return build_image_text(config.model, config.data, seed=config.seed)
 
 
-IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build, free=("data.validation", "data.on_bad_image"))
+# Bad pairs: while they are errors none has been left out, so they may be skipped from there on.
+_FREE: Final = ("data.validation", "data.on_bad_image", "data.on_bad_record")
+IMAGE_TEXT: Final = RewardModelKind(ImageTextRunConfig, _build, free=_FREE)

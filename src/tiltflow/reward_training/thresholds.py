@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from tiltflow.data.image_preferences import LABEL_TIE
 from tiltflow.errors import DataError
 from tiltflow.reward_training.base import Examples
 from tiltflow.reward_training.image_text import CLIPRewardModel
@@ -19,7 +20,6 @@ from tiltflow.runtime.intervals import wilson
 
 Floats = NDArray[np.float64]
 THRESHOLDS: Final = tuple(step / 10 for step in range(11))
-LABEL_TIE: Final = 0.01  # labels that differ by no more are a tie
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class RewardTrainer:
         weights, optimizer = state
         save_tensors(directory / WEIGHTS_FILE, weights)
         save_state(directory, "optimizer", optimizer)
-        found = {name: [[record, why] for record, why in each.items()] for name, each in self.found.items()}
+        found = {name: [[record, why] for record, why in list(each.items())] for name, each in self.found.items()}
         save_state(directory, "trainer", {"step": self.step, "seed": self.seed, "found": found})
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
