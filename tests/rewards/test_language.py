@@ -105,8 +105,10 @@ def test_json_that_is_nearly_a_conversation_fails_alone(tmp_path, value, message
 
 def test_depth_of_a_message_that_the_template_refuses_costs_no_other_text_its_score(tmp_path):
     folder = save_classifier(tmp_path / "model", chat="{{ raise_exception('no') }}")
-    deep = '[{"role": "user", "content": "w1", "more": ' + "[" * 900 + "]" * 900 + "}]"
-    output = build_reward("LanguageReward", model=str(folder))(prompt=["w1", deep])
+    talk = '[{"role": "user", "content": "w1", "more": %s}]'
+    # Up to a depth that depends on the interpreter JSON is read; what it reads may be too deep for other functions.
+    deep = [talk % ("[" * depth + "]" * depth) for depth in range(500, 1100, 3)]
+    output = build_reward("LanguageReward", model=str(folder))(prompt=["w1", *deep])
     assert "the chat template refuses" in str(output.failures[1]) and not torch.as_tensor(output.rewards)[0].isnan()
 
 
