@@ -132,7 +132,7 @@ def test_one_of_several_numbers_must_be_named(tmp_path):
     with pytest.raises(ConfigError, match="attribute 2: the model gives kind, long"):
         build_reward("LanguageReward", model=folder, attribute="2")
     expected = model.score(TEXTS)
-    for place, name in enumerate(["kind", "1"]):
+    for place, name in ((0, "kind"), (1, "1"), (1, 1)):
         output = build_reward("LanguageReward", model=folder, attribute=name)(prompt=TEXTS)
         torch.testing.assert_close(torch.as_tensor(output.rewards), expected[:, place])
         assert list(output.extra_info) == ["kind", "long"]

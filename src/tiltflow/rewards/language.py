@@ -28,7 +28,7 @@ class LanguageRewardOptions(Config):
     mean: float = 0.0  # reward = (score - mean) / std
     std: float = Field(default=1.0, gt=0)
     chat_template_kwargs: Mapping[str, Any] | None = None  # such as {date_string: ...}; None: what training kept
-    attribute: str | None = None  # which of several numbers is the reward, a name or a number; None: their weighted sum
+    attribute: str | int | None = None  # which of several numbers is the reward, its name or place; None: weighted sum
     attn_implementation: str | None = None  # of transformers
 
 
@@ -74,7 +74,8 @@ class LanguageReward(PointwiseRewardModel):
         )
         check_length(options.max_length, self.scorer.max_positions, option=f"reward {config.name!r}: max_length")
         self._names = self.scorer.attribute_names
-        self._column = reward_attribute(self.scorer.head, self._names, options.attribute, option="attribute")
+        asked = None if options.attribute is None else str(options.attribute)
+        self._column = reward_attribute(self.scorer.head, self._names, asked, option="attribute")
         if options.chat_template_kwargs is not None:
             template = {"chat_template_kwargs": dict(options.chat_template_kwargs)}
             self.scorer.head = self.scorer.head.model_copy(update=template)
