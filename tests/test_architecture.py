@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"runtime"},
     "policies": BASE | {"flow", "runtime", "scorers.clip_tokenizer"},  # small models of both rooms read with it
     "scorers": BASE,
-    "rewards": BASE | {"scorers", "serving.wire"},
+    "rewards": BASE | {"scorers", "serving.wire", "data.preferences", "data.records"},  # texts as in training
     "reward_training": BASE | {"scorers", "data", "runtime"},
     "algorithms": {"types", "flow"},
     "training": BELOW_TRAINING,

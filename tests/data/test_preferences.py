@@ -230,19 +230,34 @@ def test_partners_follow_each_other_in_one_file(tmp_path):
     with pytest.raises(DataError, match="line 1: no partner: a chosen line and the rejected one must follow"):
         adjacent("good 1", "", "good 2", "bad 2", "good 3", "", on_bad="error")
     assert adjacent("good 1", "bad 1", "", "good 2", "bad 2", "") == ([("good 1", "bad 1"), ("good 2", "bad 2")], 0)
-    assert adjacent("good 1", "", "good 2", "bad 2") == ([("good 2", "bad 2")], 1)
+    assert adjacent("good 1", "", "good 2", "bad 2") == ([], 3)
+    assert adjacent("good 1", "", "bad 1", "good 2", "", "bad 2") == ([], 4)
     assert adjacent("", "bad 1", "good 2", "bad 2") == ([], 3)
     assert adjacent("good 1", "bad 1", "good 2") == ([("good 1", "bad 1")], 1)
 
 
-def test_a_line_has_no_partner_in_another_shard(tmp_path):
+SHARDS = [
+    (["g1 b1 g2", "b2 g3 b3"], ["g1 b1"]),
+    (["g1 b1 g2", "b2 g3 b3 g4", "b4 g5 b5"], ["g1 b1"]),
+    (["g1 b1", "g2 b2 g3", "b3 g4", "b4"], ["g1 b1"]),
+    (["g1 b1", "g2 b2 g3 b3"], ["g1 b1", "g2 b2", "g3 b3"]),
+]
+
+
+@pytest.mark.parametrize(("shards", "kept"), SHARDS)
+@pytest.mark.parametrize("blank", [False, True])
+def test_behind_an_odd_number_of_lines_no_more_pairs_are_made(tmp_path, shards, kept, blank):
     folder = tmp_path / "shards"
     folder.mkdir()
-    write(folder / "0.jsonl", {"text": "good 1"}, {"text": "bad 1"}, {"text": "good 2"})
-    write(folder / "1.jsonl", {"text": "bad 2"}, {"text": "good 3"}, {"text": "bad 3"})
+    blocks = [[{"text": text} for text in shard.split()] for shard in shards]
+    for place, block in enumerate(blocks):
+        write(folder / f"{place}.jsonl", *block)
+    if blank:  # the same blocks in one file
+        folder = write(tmp_path / "a.jsonl", *[line for block in blocks for line in (*block, "")])
     found, left_out = pairs(str(folder), "skip")
-    assert [(each.chosen, each.rejected) for each in found] == [("good 1", "bad 1")]
-    assert left_out == {"no partner": 4}
+    assert [f"{each.chosen} {each.rejected}" for each in found] == kept
+    alone = sum(len(block) for block in blocks) - 2 * len(kept)
+    assert left_out == ({"no partner": alone} if alone else {})
 
 
 UNREADABLE = [

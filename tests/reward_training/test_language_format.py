@@ -153,6 +153,15 @@ def test_training_texts_of_a_template_with_a_start_have_one(tmp_path):
     assert tokens_of(fitting).count(0) == 1
 
 
+def test_clock_is_asked_of_a_record_that_the_template_takes(tmp_path):
+    refuses = "{% if messages[0]['content'] == 'w0 w1' %}{{ raise_exception('not this') }}{% endif %}"
+    fitting = fitted(tmp_path, as_conversation=True, chat=refuses + DATED, on_bad_record="skip")
+    assert len(fitting.train) == len(PAIRS) - 1
+    assert any("writes today's date" in remark for remark in fitting.remarks)
+    with pytest.raises(DataError, match=r"line 1: .*the chat template refuses"):
+        fitted(tmp_path, as_conversation=True)
+
+
 def test_adapter_that_is_trained_on_leaves_an_adapter(tmp_path):
     first = fitted(tmp_path, as_conversation=True, model={"lora": {"rank": 2}})
     first.model.save_pretrained(tmp_path / "first")

@@ -5,8 +5,9 @@ import datetime
 import pytest
 
 from tests.scorers.tiny_language import CHAT, END, START, save_causal, save_classifier
-from tiltflow.errors import RewardError
+from tiltflow.errors import ConfigError, RewardError
 from tiltflow.scorers import LanguageRewardModel
+from tiltflow.scorers.language_text import check_length
 
 TALK = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "good"}]
 WITH_START = f"{START} {CHAT}"
@@ -76,14 +77,22 @@ def test_half_a_character_is_an_error_of_its_text(tmp_path):
 def test_clock_of_a_template_is_noticed_and_can_be_stopped(tmp_path):
     model = load(save_causal(tmp_path / "base", chat=DATED))
     assert model.render(TALK).startswith(datetime.datetime.now().strftime("%d"))
-    assert model.texts.reads_clock(TALK, {})
-    assert not model.texts.reads_clock(TALK, {"date": "26 Jul 2024"})
-    assert not load(save_causal(tmp_path / "plain")).texts.reads_clock(TALK, {})
+    assert model.texts.reads_clock([TALK], {})
+    assert not model.texts.reads_clock([TALK], {"date": "26 Jul 2024"})
+    assert not load(save_causal(tmp_path / "plain")).texts.reads_clock([TALK], {})
     model.head = model.head.model_copy(update={"chat_template_kwargs": {"date": "w3"}})
     assert model.render(TALK).startswith("w3 user")
     model.save_pretrained(tmp_path / "saved")
     again = LanguageRewardModel.from_pretrained(tmp_path / "saved")
     assert again.encode(TALK) == model.encode(TALK)
+
+
+def test_length_is_held_against_the_positions_that_there_are():
+    check_length(5000, None, option="max_length")
+    check_length(None, 256, option="max_length")
+    check_length(256, 256, option="max_length")
+    with pytest.raises(ConfigError, match="max_length=257: the network reads at most 256 tokens; set that, or less"):
+        check_length(257, 256, option="max_length")
 
 
 def test_messages_without_content_go_through_the_template(tmp_path):

@@ -23,7 +23,7 @@ from tiltflow.evaluation.reward_bench import ScoredPair, accuracies, accuracy_ta
 from tiltflow.reward_training.language_build import max_length
 from tiltflow.reward_training.language_data import OverLength, Tokenizing, Tokens
 from tiltflow.scorers import LanguageRewardModel
-from tiltflow.scorers.language_head import DTYPES
+from tiltflow.scorers.language_head import DTYPES, reward_attribute
 from tiltflow.scorers.model_kinds import ModelKind, model_kind
 from tiltflow.types import Config
 
@@ -90,7 +90,8 @@ def evaluate_language(
     """Do the work of `run_reward_evaluation` for a language model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = LanguageRewardModel.from_pretrained(model, require_head=True, device=device, dtype=DTYPES[dtype]).eval()
-    column = _column(network, settings.attribute)
+    column = reward_attribute(network.head, network.attribute_names, settings.attribute, option="--attribute")
+    network.head = network.head.model_copy(update={"merge_attributes": True})
     left_out = LeftOut(on_bad_record)
     limit = max_length(network, settings.max_length, name="--max_length")
     tokenizing = Tokenizing(
@@ -122,26 +123,6 @@ def evaluate_language(
     }
     notes |= {kind: count for kind, count in counts.items() if count}
     return RewardOutcome(accuracy_table(found), content, [vars(pair) for pair in pairs], notes)
-
-
-def _column(network: LanguageRewardModel, attribute: str | None) -> int | None:
-    """Return which of the model's numbers is its reward; None takes the one that it has or merges them into."""
-    head = network.head
-    labels = network.classifier.config.id2label
-    names = head.attribute_names or tuple(str(labels[place]) for place in range(head.num_attributes))
-    if attribute is not None:
-        numbers = [str(place) for place in range(head.num_attributes)]
-        if attribute not in (*names, *numbers):
-            raise ConfigError(f"--attribute {attribute}: the model gives {', '.join(names)}; give a name or a number")
-        return names.index(attribute) if attribute in names else int(attribute)
-    if not head.scalar:
-        if head.attribute_weights is None:
-            raise ConfigError(
-                f"the model gives {head.num_attributes} numbers ({', '.join(names)}): say which is the reward with "
-                "--attribute, or keep attribute_weights in its head"
-            )
-        network.head = head.model_copy(update={"merge_attributes": True})
-    return None
 
 
 def _preferences(

@@ -41,7 +41,8 @@ def read_preferences(
     A record of layout `pairs` has `chosen` and `rejected`, each a text or a list of messages, and maybe `prompt` of the
     same kind, which is put before both unless messages begin with it already; `margin`; `label`; and `subset`. A record
     of layout `adjacent` has `text`, and two after each other in a file, the first and second, the third and fourth, are
-    a chosen and a rejected one; a blank line does not stand between them.
+    a chosen and a rejected one. Neither a blank line nor the end of a file stands between them: behind an odd number of
+    lines that nothing divides nobody knows which belong together, and no more pairs are made.
 
     Args:
         source: As for `open_source`.
@@ -146,7 +147,11 @@ def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preferen
                     raise BadRecord("broken JSON", record.problem)
                 texts.append(text_field(record.values, "text"))
             if len(pair) < 2:
-                raise BadRecord("no partner", "a chosen line and the rejected one must follow each other in one file")
+                raise BadRecord(
+                    "no partner",
+                    "a chosen line and the rejected one must follow each other in one file; behind an odd number of "
+                    "lines nobody knows which belong together",
+                )
             chosen, rejected = texts
             yield _checked(Preference(chosen, rejected, pair[0].place))
         except BadRecord as problem:
@@ -154,12 +159,16 @@ def _adjacent(records: Sequence[Record], left_out: LeftOut) -> Iterator[Preferen
 
 
 def _partners(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
-    """Yield two adjacent lines at a time, or one that has no partner."""
+    """Yield two adjacent lines at a time, and one at a time where nobody knows which belong together."""
+    known = True
     # Within a run, lines follow each other in one file, without a blank one between them.
     for _, numbered in groupby(enumerate(records), key=lambda each: (each[1].file, each[1].number - each[0])):
         run = [record for _, record in numbered]
-        # Of an odd number the last is alone if nothing is before them; after a gap it may as well be the first.
-        size = 2 if len(run) % 2 == 0 or (run[0] is records[0] and run[0].number == 1) else 1
+        even = len(run) % 2 == 0
+        # Of an odd number the last is alone if nothing is before them; after a gap it may as well be the first. What
+        # comes behind may begin with the rejected line of a chosen one that was left alone.
+        size = 2 if known and (even or (run[0] is records[0] and run[0].number == 1)) else 1
+        known &= even
         yield from (run[first : first + size] for first in range(0, len(run), size))
 
 

@@ -23,6 +23,7 @@ from tiltflow.reward_training.language_config import (
 from tiltflow.reward_training.language_data import PairExamples, RatingExamples, Tokenizing
 from tiltflow.scorers import LanguageRewardModel
 from tiltflow.scorers.language_head import DTYPES
+from tiltflow.scorers.language_text import check_length
 
 
 class _DataSet:
@@ -161,10 +162,8 @@ def max_length(model: LanguageRewardModel, asked: int | None, *, name: str = "da
     Raises:
         ConfigError: More are asked for than the network has positions.
     """
-    positions = model.max_positions or MAX_LENGTH
-    if asked is not None and asked > positions:
-        raise ConfigError(f"{name}={asked}: the network reads at most {positions} tokens")
-    return asked or min(positions, MAX_LENGTH)
+    check_length(asked, model.max_positions, option=name)
+    return asked or min(model.max_positions or MAX_LENGTH, MAX_LENGTH)
 
 
 def _fitting(trained: LanguageTrainable, data: LanguageDataConfig) -> Fitting:
@@ -208,7 +207,7 @@ def _learn_format(trained: LanguageTrainable, data: LanguageDataConfig, found: S
             "train: the model has a chat template, and its texts do not go through it; data.as_conversation: true "
             "makes messages of a prompt and an answer"
         )
-    if chat and model.texts.reads_clock(_text(found[0]), template):
+    if chat and model.texts.reads_clock((_text(each) for each in found), template):
         remarks.append(
             "the chat template writes today's date into every text, with which rewards change; set the date, as in "
             "data.chat_template_kwargs: {date_string: 26 Jul 2024} (the name is the template's)"

@@ -138,6 +138,12 @@ class LanguageRewardModel(nn.Module):
         return found if found is None else found - _unused_positions(self.classifier.base_model)
 
     @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """What the numbers of the head are called."""
+        labels = self.classifier.config.id2label
+        return self.head.attribute_names or tuple(str(labels[place]) for place in range(self.head.num_attributes))
+
+    @property
     def takes_conversations(self) -> bool:
         """Whether a prompt and an answer go through the chat template: what training did, or if there is one."""
         known = self.head.as_conversation

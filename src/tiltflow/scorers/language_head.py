@@ -1,12 +1,13 @@
 """What the head of a language reward model gives and how it reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tiltflow.errors import ConfigError
 from tiltflow.types import Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,3 +43,28 @@ class RewardHead(Config):
     def weights(self) -> Tensor:
         """Return what each attribute counts in the sum, float32 `[A]`."""
         return torch.tensor(self.attribute_weights or [1 / self.num_attributes] * self.num_attributes)
+
+
+def reward_attribute(head: RewardHead, names: Sequence[str], asked: str | None, *, option: str) -> int | None:
+    """Return which of a head's numbers is the reward; None: the only one, or their weighted sum.
+
+    Args:
+        head: Of the model.
+        names: Of its A numbers.
+        asked: The name of one, or its number from 0.
+        option: What the user set, for the message of an error.
+
+    Raises:
+        ConfigError: There is none of that name; or there are several, and nothing says which is the reward.
+    """
+    told = ", ".join(names)
+    if asked is not None:
+        if asked not in (*names, *map(str, range(head.num_attributes))):
+            raise ConfigError(f"{option} {asked}: the model gives {told}; give a name or a number")
+        return names.index(asked) if asked in names else int(asked)
+    if not head.scalar and head.attribute_weights is None:
+        raise ConfigError(
+            f"the model gives {head.num_attributes} numbers ({told}): say which is the reward with {option}, or keep "
+            "attribute_weights in its head"
+        )
+    return None

@@ -1,13 +1,31 @@
 """Texts and conversations as tokens: the same ones in training, measuring and serving."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import ConfigError, RewardError
 from tiltflow.scorers.language_head import RewardHead
 
 Message: TypeAlias = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Text: TypeAlias = str | Sequence[Message]  # as it is, or a conversation for the model's chat template
+_SHORT: Final = reprlib.Repr()  # a value may be deeper than repr() can go
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def check_length(asked: int | None, positions: int | None, *, option: str) -> None:
+    """Check how many tokens a text may have.
+
+    Args:
+        asked: What the user wants, if anything.
+        positions: That the network has; None where nothing limits it.
+        option: What the user set, for the message of an error.
+
+    Raises:
+        ConfigError: More are asked for than the network has positions.
+    """
+    if asked is not None and positions is not None and asked > positions:
+        raise ConfigError(f"{option}={asked}: the network reads at most {positions} tokens; set that, or less")
 
 
 class TextEncoder:
@@ -71,16 +89,21 @@ class TextEncoder:
         except Exception as error:  # a template is a program of the model's makers and may fail in any way
             raise RewardError(f"the chat template refuses {_short(messages)}: {error}") from error
 
-    def reads_clock(self, conversation: Sequence[Message], template_kwargs: Mapping[str, Any]) -> bool:
-        """Return whether the chat template writes today's date into a conversation."""
+    def reads_clock(self, conversations: Iterable[Sequence[Message]], template_kwargs: Mapping[str, Any]) -> bool:
+        """Return whether the chat template writes today's date into the first conversation that it takes."""
         if "strftime_now" not in str(self._tokenizer.chat_template):
             return False
-        rendered = self.render(conversation, template_kwargs)
-        try:
-            # A template cannot call what is no function: it fails if it asks for the time.
-            return self.render(conversation, {**template_kwargs, "strftime_now": ""}) != rendered
-        except RewardError:
-            return True
+        for conversation in conversations:
+            try:
+                rendered = self.render(conversation, template_kwargs)
+            except RewardError:
+                continue  # it is told, or counted, where its tokens are asked for
+            try:
+                # A template cannot call what is no function: it fails if it asks for the time.
+                return self.render(conversation, {**template_kwargs, "strftime_now": ""}) != rendered
+            except RewardError:
+                return True
+        return False
 
     def _each_once(self, ids: list[int]) -> list[int]:
         """Leave out what the tokenizer put before and after a text that begins or ends so already."""
@@ -101,5 +124,5 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
