@@ -23,7 +23,7 @@ def test_pairs_become_a_reward_and_the_reward_a_better_generator(
     assert cli.main(["train", "shapes_pickscore", "--tracking.console", "false"]) == 0
     folder = Path("outputs/shapes_pickscore/evaluations")
     before, after = (EvaluationResult.load(folder / f"{name}.json") for name in ("before", "after"))
-    assert paired_difference(before, after, "shapes_pickscore").low > 0.5  # measured: +1.45 [0.98, 1.97]
+    assert paired_difference(before, after, "shapes_pickscore").low > 0.5  # measured: +1.37 [0.91, 1.90]
     tilted = paired_difference(before, after, "geneval_strict")
     assert math.isfinite(tilted.value) and tilted.count == 360
-    assert tilted.low > 0  # what the pairs were made from has risen too; measured: +0.145 [0.068, 0.224]
+    assert tilted.low > 0  # what the pairs were made from has risen too; measured: +0.159 [0.088, 0.234]
