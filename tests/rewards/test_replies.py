@@ -262,13 +262,16 @@ def test_errors_and_unreadable_replies_are_never_written(tmp_path: Path) -> None
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_a_kept_reply_that_cannot_be_read_under_new_options_is_asked_for_again(tmp_path: Path) -> None:
+def test_a_kept_reply_that_cannot_be_read_under_new_options_is_asked_for_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     on_disk(tmp_path).get("abc", Judge("old"), text_of)
 
     def only_new(reply: Reply) -> str:
         return reply.text if reply.text == "new" else unreadable(reply)
 
     assert on_disk(tmp_path).get("abc", Judge("new"), only_new) == "new"
+    assert "a kept reply is asked for again, for it cannot be read: cannot read old" in caplog.text
     assert on_disk(tmp_path).get("abc", Judge("newer"), text_of) == "new"
 
 

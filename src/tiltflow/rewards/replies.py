@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import threading
@@ -20,6 +21,8 @@ from tiltflow.errors import JudgeError, RewardError
 from tiltflow.types import Config
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 FORMAT: Final = 2  # of the files; another format is another key, so that old files are never misread
 KEPT_AFTER_PRUNING: Final = 0.9  # of the limit
@@ -121,8 +124,9 @@ class Replies:
         if kept is not None:
             try:
                 return kept, read(kept)
-            except Exception:  # whatever a subclass makes of it: it was readable under other options or other code,
-                pass  # and a new reply may be readable now; if it is not, that is raised
+            except Exception as error:  # whatever a subclass makes of it; it was readable under other options or code
+                # A new reply may be readable now; if it is not, that is raised.
+                _log.warning("a kept reply is asked for again, for it cannot be read: %s", error)
         reply = ask()
         answer = read(reply)
         if self._disk is not None:
