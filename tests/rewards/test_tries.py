@@ -271,14 +271,13 @@ def tries(errors: list[Exception], pauses: list[float], *, seconds: float = 60.0
                 raise error
             return "answer"
 
-        return await Tries(CLIENT, "the judge", seconds=seconds, retries=retries, at_once=1).send(request)
+        tries = Tries(CLIENT, "the judge", seconds=seconds, retries=retries, at_once=1, sleep=no_sleep)
+        return await tries.send(request)
 
     async def no_sleep(pause: float) -> None:
         pauses.append(pause)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiltflow.rewards.tries.asyncio.sleep", no_sleep)
-        return asyncio.run(run())
+    return asyncio.run(run())
 
 
 def test_pauses_double_up_to_a_bound_and_differ_by_chance() -> None:

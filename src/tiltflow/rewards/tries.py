@@ -22,7 +22,16 @@ TOLD: Final = 400  # characters of an error that are shown
 class Tries:
     """Sends the requests of one judge: so many at once, each so often and so long."""
 
-    def __init__(self, openai: Any, name: str, *, seconds: float, retries: int, at_once: int):
+    def __init__(
+        self,
+        openai: Any,
+        name: str,
+        *,
+        seconds: float,
+        retries: int,
+        at_once: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ):
         """Keep the limits.
 
         Args:
@@ -31,12 +40,14 @@ class Tries:
             seconds: That one request may take from its turn on, all its tries and pauses included.
             retries: Tries after the first.
             at_once: Requests under way at a time; the others wait for their turn.
+            sleep: Waits for so many seconds.
         """
         self._openai = openai
         self._name = name
         self._seconds = seconds
         self._retries = retries
         self._turns = asyncio.Semaphore(at_once)
+        self._sleep = sleep
         self._random = random.Random()  # of its own: pauses must not disturb a run's randomness
 
     async def send(
@@ -84,7 +95,7 @@ class Tries:
             if pause is None:
                 tried = f" (tried {made} times in {time.monotonic() - began:.3g} s)" if made > 1 else ""
                 raise JudgeError(f"{self._name} failed: {causes(last)}{tried}") from last
-            await asyncio.sleep(pause)
+            await self._sleep(pause)
 
     def _late(self, seconds: float, made: int, last: Any) -> str:
         if last is None or isinstance(last, self._openai.APITimeoutError):
