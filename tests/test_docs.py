@@ -79,5 +79,7 @@ def test_links_to_files_exist():
 
 def test_the_readme_tree_names_every_source_file():
     tree = (ROOT / "README.md").read_text()
-    files = {path.name for path in (ROOT / "src" / "tiltflow").rglob("*.py")} - {"__init__.py"}
+    folders = ("src/tiltflow", "benchmarks", "examples", "scripts")
+    files = {path.name for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".sh")}
+    files = {*files, *(path.name for path in (ROOT / "docs").glob("*.md"))} - {"__init__.py"}
     assert [name for name in sorted(files) if f" {name} " not in tree] == []

@@ -6,7 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from tests.serving.helpers import ask, run, serving
+from tests.serving.scorers import Converter
 from tiltflow.serving.jobs import Sample
+from tiltflow.serving.malloc import is_glibc
 from tiltflow.serving.memory import LOOK_EVERY, SPARE, Arena
 
 MIB = 2**20
@@ -45,3 +48,17 @@ def test_a_copy_does_not_keep_more_than_it_needs() -> None:
         del found
     assert len(arena._copy) < SPARE  # pyright: ignore[reportPrivateUsage]
     arena.close()
+
+
+@pytest.mark.skipif(not is_glibc(), reason="only glibc is told what to do with freed memory")
+def test_a_worker_uses_freed_memory_again() -> None:
+    async def test() -> None:
+        pictures = [Sample(image=np.zeros((512, 512, 3), np.uint8)) for _ in range(8)]
+        async with serving(Converter, borrows=True) as model:
+            for _ in range(3):
+                answers = await ask(model, pictures)
+            pages = 8 * 512 * 512 * 4 // os.sysconf("SC_PAGE_SIZE")  # Pillow takes four bytes a pixel
+            faults = answers[0].score
+            assert faults is not None and faults < pages / 10, "a new page for each 4 KiB of every picture"
+
+    run(test())

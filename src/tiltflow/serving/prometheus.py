@@ -1,6 +1,7 @@
 """What the server counts, in the format of Prometheus."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, Protocol, get_args
@@ -52,6 +53,7 @@ class PrometheusMetrics:
         """
         library = import_module("prometheus_client")
         self._library = library
+        self._series = cache(_series)  # one for each model, route and outcome: few, and looked up with every request
         self._registry = library.CollectorRegistry()
         library.ProcessCollector(registry=self._registry)
 
@@ -75,42 +77,42 @@ class PrometheusMetrics:
 
     def batch(self, model: str, size: int, seconds: float) -> None:
         """See `Metrics.batch`."""
-        self._size.labels(model).observe(size)
-        self._batch.labels(model).observe(seconds)
+        self._series(self._size, model).observe(size)
+        self._series(self._batch, model).observe(seconds)
 
     def queue_wait(self, model: str, seconds: float) -> None:
         """See `Metrics.queue_wait`."""
-        self._wait.labels(model).observe(seconds)
+        self._series(self._wait, model).observe(seconds)
 
     def queue(self, model: str, items: int, size: int) -> None:
         """See `Metrics.queue`."""
-        self._queue_items.labels(model).set(items)
-        self._queue_bytes.labels(model).set(size)
+        self._series(self._queue_items, model).set(items)
+        self._series(self._queue_bytes, model).set(size)
 
     def restart(self, model: str) -> None:
         """See `Metrics.restart`."""
-        self._restarts.labels(model).inc()
+        self._series(self._restarts, model).inc()
 
     def shed(self, model: str, reason: str) -> None:
         """See `Metrics.shed`."""
-        self._shed.labels(model, reason).inc()
+        self._series(self._shed, model, reason).inc()
 
     def nonfinite(self, model: str) -> None:
         """See `Metrics.nonfinite`."""
-        self._nonfinite.labels(model).inc()
+        self._series(self._nonfinite, model).inc()
 
     def state(self, model: str, state: str) -> None:
         """See `Metrics.state`."""
         for each in get_args(State):
-            self._state.labels(model, each).set(each == state)
+            self._series(self._state, model, each).set(each == state)
 
     def request(self, route: str, status: int) -> None:
         """See `HttpMetrics.request`."""
-        self._requests.labels(route, str(status)).inc()
+        self._series(self._requests, route, str(status)).inc()
 
     def items(self, model: str, outcome: str, count: int) -> None:
         """See `HttpMetrics.items`."""
-        self._items.labels(model, outcome).inc(count)
+        self._series(self._items, model, outcome).inc(count)
 
     def decode(self, seconds: float) -> None:
         """See `HttpMetrics.decode`."""
@@ -123,6 +125,10 @@ class PrometheusMetrics:
     def text(self) -> tuple[bytes, str]:
         """See `HttpMetrics.text`."""
         return self._library.generate_latest(self._registry), self._library.CONTENT_TYPE_LATEST
+
+
+def _series(metric: Any, *labels: str) -> Any:
+    return metric.labels(*labels)
 
 
 class NoHttpMetrics(NoMetrics):

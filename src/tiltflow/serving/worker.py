@@ -22,6 +22,7 @@ import numpy as np
 
 from tiltflow.serving.frames import Channel
 from tiltflow.serving.jobs import Sample, Scorer, ScorerSource
+from tiltflow.serving.malloc import keep_memory
 from tiltflow.serving.memory import Arena
 from tiltflow.serving.wire import WireError
 
@@ -44,6 +45,7 @@ def main(source: Connection, control: socket.socket, arena: Arena) -> None:
         signal.signal(name, signal.SIG_IGN)
     os.setsid()
     die_with_parent()
+    keep_memory()
     channel = Channel(control)
     try:
         told = cast(ScorerSource, source.recv())
