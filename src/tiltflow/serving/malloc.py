@@ -1,7 +1,7 @@
 """How the C library keeps freed memory: left alone, it returns that of a body or a batch and asks for new pages.
 
-New pages are handed out zeroed, one fault for each 4 KiB: that costs more than all the copying of a picture, in the HTTP
-process and in the workers. Only glibc is told; other libraries are left as they are.
+New pages are handed out zeroed, one fault for each 4 KiB: that costs more than all the copying of a picture, in the
+HTTP process and in the workers. Only glibc is told; other libraries are left as they are.
 """
 
 import ctypes
