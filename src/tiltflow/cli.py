@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tiltflow.errors import ConfigError, TiltflowError
+from tiltflow.runtime.malloc import keep_memory
 
 Overrides = list[tuple[str, str]]
 WITH_CONFIG = ("train", "train-reward", "pretrain")
 FLAGS = ("--help", "--print-config")  # the only words with dashes that may come before the config
 SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "num_cpus", "num_gpus", "address")  # of serve
+KEPT_BYTES = 2**30  # of freed memory: what one step on a CPU frees, the next one needs
 # Set before the libraries are imported: their advice on loading is for people who call them directly.
 QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 if a reward scored nothing, 2 after a user's error."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    keep_memory(KEPT_BYTES)
     sys.path.append(os.getcwd())  # rewards of the user's own live beside the config
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()

@@ -8,8 +8,8 @@ import pytest
 
 from tests.serving.helpers import ask, run, serving
 from tests.serving.scorers import Converter
+from tiltflow.runtime.malloc import is_glibc
 from tiltflow.serving.jobs import Sample
-from tiltflow.serving.malloc import is_glibc
 from tiltflow.serving.memory import LOOK_EVERY, SPARE, Arena
 
 MIB = 2**20

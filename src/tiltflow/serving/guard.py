@@ -16,7 +16,7 @@ from typing import Any, Final
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tiltflow.serving.malloc import return_memory
+from tiltflow.runtime.malloc import return_memory
 from tiltflow.serving.prometheus import HttpMetrics
 from tiltflow.serving.rendering import error_response
 from tiltflow.serving.wire import ID_HEADER, Limits, WireError

@@ -22,8 +22,8 @@ from PIL import Image
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiltflow.errors import ConfigError
+from tiltflow.runtime.malloc import keep_memory
 from tiltflow.serving.app import create_app
-from tiltflow.serving.malloc import keep_memory
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import make_metrics
 from tiltflow.serving.running import KEEP_ALIVE_SECONDS, LAST_SECONDS, ModelSpec, make_models

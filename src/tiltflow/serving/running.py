@@ -15,9 +15,9 @@ import uvicorn
 from PIL import Image
 
 from tiltflow.errors import ConfigError
+from tiltflow.runtime.malloc import keep_memory
 from tiltflow.serving.app import create_app
 from tiltflow.serving.jobs import ScorerSource
-from tiltflow.serving.malloc import keep_memory
 from tiltflow.serving.metrics import Metrics
 from tiltflow.serving.models import LOAD_SECONDS, ServedModel
 from tiltflow.serving.prometheus import make_metrics

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from tiltflow.runtime.malloc import keep_memory
 from tiltflow.serving.frames import Channel
 from tiltflow.serving.jobs import Sample, Scorer, ScorerSource
-from tiltflow.serving.malloc import keep_memory
 from tiltflow.serving.memory import Arena
 from tiltflow.serving.wire import WireError
 

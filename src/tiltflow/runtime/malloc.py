@@ -1,7 +1,7 @@
-"""How the C library keeps freed memory: left alone, it returns that of a body or a batch and asks for new pages.
+"""How the C library keeps freed memory: left alone, it returns that of a step or a batch and then asks for new pages.
 
-New pages are handed out zeroed, one fault for each 4 KiB: that costs more than all the copying of a picture, in the
-HTTP process and in the workers. Only glibc is told; other libraries are left as they are.
+New pages are handed out zeroed, one fault for each 4 KiB: that costs more than all the copying of a picture, and it
+slows the training of small models. Only glibc is told; other libraries are left as they are.
 """
 
 import ctypes
@@ -19,12 +19,16 @@ def is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 
 
-def keep_memory() -> None:
-    """Let this process use freed memory again instead of returning it."""
+def keep_memory(kept: int = KEPT_BYTES) -> None:
+    """Let this process use freed memory again instead of returning it.
+
+    Args:
+        kept: Bytes of free memory above which the rest is returned; less than 2 GiB.
+    """
     if is_glibc():
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, HEAP_BYTES)
-        library.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+        library.mallopt(_TRIM_THRESHOLD, kept)
 
 
 def return_memory() -> None:
