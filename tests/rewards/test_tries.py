@@ -42,10 +42,14 @@ class RudeServer:
         self._talk = talk
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     def close(self) -> None:
         self.ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)  # or else the thread goes on to accept, even what the next one gets
+        self._acceptor.join(20)
+        assert not self._acceptor.is_alive()
         self._listener.close()
 
     def trickle(self, connection: socket.socket, text: bytes) -> None:
