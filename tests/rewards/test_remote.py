@@ -45,7 +45,7 @@ POINTWISE, GROUPWISE = "RemotePointwiseRewardModel", "RemoteGroupwiseRewardModel
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries_module, "FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr(remote_module, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(remote_module, "ANSWER_SECONDS", 3.0)
     monkeypatch.setattr(remote_module, "PAUSE", 0.02)
 
 
@@ -518,15 +518,16 @@ def test_samples_are_sent_once_more_and_then_no_more(url: str, script: Script) -
     assert len(script.seen) == 2
 
 
-@pytest.mark.parametrize("options", [{"retry_attempts": 1}, {"timeout": 0.9}])
+@pytest.mark.parametrize("options", [{"retry_attempts": 1}, {"timeout": 20}])
 def test_samples_are_not_sent_again_without_tries_or_time_for_it(
-    url: str, script: Script, options: dict[str, Any]
+    url: str, script: Script, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(retries_module, "ITEM_PAUSE", 30.0)
     script.faults = ["judge:0"]
     began = time.monotonic()
     output = ask(build(url, **options))
     assert output.rewards.isnan().tolist() == [True, False, False]
-    assert len(script.seen) == 1 and time.monotonic() - began < 0.9
+    assert len(script.seen) == 1 and time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("fault", ["code:invalid_request", "judge:0"])
@@ -675,8 +676,8 @@ def test_a_server_that_comes_a_moment_later_is_waited_for(script: Script, monkey
     script.state = "LOADING"
     with serving(script) as url:
         timer = threading.Timer(0.3, lambda: setattr(script, "state", "READY"))
-        timer.start()
         began = time.monotonic()
+        timer.start()
         build(url)
         assert time.monotonic() - began > 0.25
         timer.join()
