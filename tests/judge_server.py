@@ -1,8 +1,9 @@
 """A real OpenAI-compatible HTTP server over a tiny vision-language model, in a process of its own.
 
-`python -m tests.judge_server --port 8123 --model FOLDER` answers `POST /v1/chat/completions` as vLLM does, as far as
-judges ask: images as data URLs, `top_logprobs` up to 20, `logprob_token_ids`, `return_tokens_as_token_ids`,
-`logit_bias`, and `POST /tokenize`. `POST /control` makes it misbehave, and `GET /control` tells what it was asked.
+`python -m tests.judge_server --descriptor 3 --model FOLDER`, which is given a listening socket by that number, answers
+`POST /v1/chat/completions` as vLLM does, as far as judges ask: images as data URLs, `top_logprobs` up to 20,
+`logprob_token_ids`, `return_tokens_as_token_ids`, `logit_bias`, and `POST /tokenize`. `POST /control` makes it
+misbehave, and `GET /control` tells what it was asked.
 Without a model it only says what it is told to.
 """
 
@@ -286,11 +287,12 @@ def main() -> None:
     import uvicorn
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--descriptor", type=int, required=True)
     parser.add_argument("--model", type=Path)
     arguments = parser.parse_args()
     judge = None if arguments.model is None else Judge(arguments.model)
-    uvicorn.run(application(judge), host="127.0.0.1", port=arguments.port, log_level="warning")
+    listener = socket.socket(fileno=arguments.descriptor)
+    uvicorn.Server(uvicorn.Config(application(judge), log_level="warning")).run(sockets=[listener])
 
 
 # --- the tests' side -------------------------------------------------------------------------------------------------
@@ -299,23 +301,29 @@ def main() -> None:
 class JudgeServer:
     """A server process and its address."""
 
-    def __init__(self, folder: Path | None, port: int | None = None):
+    def __init__(self, folder: Path | None, port: int = 0):
         """Start it and wait until it answers.
 
         Args:
             folder: Of the model, or None for a server with no words of its own.
-            port: Where; None finds a free one.
+            port: Where; 0 finds a free one.
         """
         self.folder = folder
-        self.port = port or free_port()
+        listener = socket.create_server(("127.0.0.1", port))
+        self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        command = [sys.executable, "-m", "tests.judge_server", "--port", str(self.port)]
+        command = [sys.executable, "-m", "tests.judge_server", "--descriptor", str(listener.fileno())]
         command += [] if folder is None else ["--model", str(folder)]
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, stderr=self._log
+            command,
+            pass_fds=[listener.fileno()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stderr=self._log,
         )
+        listener.close()  # the process has it now; when it dies, connections are refused
         deadline = time.monotonic() + 90
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -349,7 +357,7 @@ class JudgeServer:
     def _answers(self) -> bool:
         try:
             self.asked()
-        except (urllib.error.URLError, ConnectionError):
+        except (urllib.error.URLError, ConnectionError, TimeoutError):  # it takes its time to begin
             return False
         return True
 
@@ -359,20 +367,13 @@ class JudgeServer:
 
 
 @contextlib.contextmanager
-def judge_server(folder: Path | None = None) -> Iterator[JudgeServer]:
+def judge_server(folder: Path | None = None, *, port: int = 0) -> Iterator[JudgeServer]:
     """Run a server for the time of the block."""
-    server = JudgeServer(folder)
+    server = JudgeServer(folder, port)
     try:
         yield server
     finally:
         server.close()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What fails in one of two processes ends both, each with one message of its own."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.invariant.runs import ROOT, environment, write_config
+from tests.sockets import dead_port
 
 
 def train_in_two(config: Path) -> list[tuple[int, str]]:
@@ -17,27 +17,25 @@ def train_in_two(config: Path) -> list[tuple[int, str]]:
     Returns:
         The exit status and the standard error of each rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tiltflow", "train", str(config)],
-            env=environment(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", **meeting),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        told = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
+    with dead_port() as port:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tiltflow", "train", str(config)],
+                env=environment(RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2", **meeting),
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        try:
+            told = [process.communicate(timeout=300)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from tests.invariant.runs import ROOT, environment, final_weights, train, write_config
 from tests.serving.http.servers import running
+from tests.sockets import dead_port
 
 SERVER = Path(__file__).with_name("outage_server.py")
 EPOCHS, PER_EPOCH, AT_THE_START = 3, 8, 6  # samples per epoch, and of the evaluation before training
@@ -50,22 +51,24 @@ def test_a_killed_and_restarted_reward_server_changes_nothing(random_sd3: Path, 
         train(config(tmp_path, "whole", random_sd3, server.port))
 
     first_log, second_log = tmp_path / "first.log", tmp_path / "second.log"
-    with running(str(SERVER), str(first_log), "0") as first:
-        run = subprocess.Popen(
-            [sys.executable, "-m", "tiltflow", "train", str(config(tmp_path, "broken", random_sd3, first.port))],
-            env=environment(),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        until(lambda: scored(first_log) >= AT_THE_START + PER_EPOCH + 2 or run.poll() is not None)
-        first.signal(signal.SIGKILL)
-        first.process.wait(10)
-    before = scored(first_log)
-    time.sleep(OUTAGE)
-    with running(str(SERVER), str(second_log), str(first.port), ready=False):
-        _, told = run.communicate(timeout=200)
+    with dead_port() as port:
+        last = AT_THE_START + PER_EPOCH + 2  # of the first server
+        with running(str(SERVER), str(first_log), str(port), str(last)) as first:
+            run = subprocess.Popen(
+                [sys.executable, "-m", "tiltflow", "train", str(config(tmp_path, "broken", random_sd3, port))],
+                env=environment(),
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            until(lambda: scored(first_log) >= last or run.poll() is not None)
+            first.signal(signal.SIGKILL)
+            first.process.wait(10)
+        before = scored(first_log)
+        time.sleep(OUTAGE)
+        with running(str(SERVER), str(second_log), str(port), ready=False):
+            _, told = run.communicate(timeout=200)
     assert run.returncode == 0, told
 
     assert AT_THE_START + PER_EPOCH < before < AT_THE_START + 2 * PER_EPOCH  # it was in the middle of an epoch

@@ -17,10 +17,13 @@ SLOW_REWARD = [{"name": "brightness", "reward_model": "tests.rewards_for_tests.S
 
 
 def killed_run(config, marks, *, after_marks, delay):
-    """Start a run, wait until it has scored `after_marks` batches, wait `delay` seconds more, and kill -9 it."""
+    """Start a run, wait until it has scored `after_marks` batches, wait `delay` seconds more, and kill -9 it.
+
+    However late that comes, the run does not get beyond its second batch from then.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "tiltflow", "train", str(config)],
-        env=environment(TILTFLOW_TEST_MARKS=str(marks)),
+        env=environment(TILTFLOW_TEST_MARKS=str(marks), TILTFLOW_TEST_LAST=str(after_marks + 2)),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -26,6 +26,7 @@ import numpy as np
 import uvicorn
 from PIL import Image, ImageStat
 
+from tests.sockets import read_line
 from tiltflow.serving import wire
 
 CONTROL_PATH = "/control"  # not of the protocol: GET tells what has come, POST what to do next and forgets that
@@ -345,7 +346,7 @@ class Process:
         )
         self._listener.close()  # the process has it now; when it dies, connections are refused
         assert self.process.stdout is not None
-        assert self.process.stdout.readline() == b"ready\n"
+        assert read_line(self.process.stdout) == b"ready\n"
 
     def behave(self, *, faults: Sequence[str] = (), always: str = "") -> None:
         """Say what happens to the next requests, and to those after; forget those that came."""

@@ -20,7 +20,7 @@ def test_results_are_in_the_order_of_the_items() -> None:
 @pytest.mark.parametrize("at_once", [1, 3, 20])
 def test_no_more_at_once_than_allowed(at_once: int) -> None:
     lock, now, most = threading.Lock(), 0, 0
-    together = threading.Barrier(min(at_once, 10), timeout=5)
+    together = threading.Barrier(min(at_once, 10), timeout=20)
 
     def work(item: int) -> int:
         nonlocal now, most
@@ -63,19 +63,22 @@ def test_nothing_to_do_starts_no_thread() -> None:
 
 
 def test_an_interrupted_caller_leaves_the_rest_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[int] = []
-    join = threading.Thread.join
+    begun, released = list[int](), threading.Event()
+    join, here, before = threading.Thread.join, threading.current_thread(), set(threading.enumerate())
 
     def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
-        monkeypatch.setattr(threading.Thread, "join", join)
-        raise KeyboardInterrupt
+        if threading.current_thread() is here:
+            raise KeyboardInterrupt
+        join(self, timeout)
 
     def work(item: int) -> None:
         begun.append(item)
-        time.sleep(0.1)
+        assert released.wait(20)
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "join", interrupted)
         do_all(work, range(100), at_once=2)
-    time.sleep(0.3)
+    released.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
     assert len(begun) <= 2

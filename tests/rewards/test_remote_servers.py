@@ -12,6 +12,7 @@ import torch
 
 from tests.rewards.reward_server import Process, Script, serving
 from tests.rewards.samples import batch, entry
+from tests.sockets import dead_port, wait_until
 from tiltflow.rewards import RewardEngine, build_reward_model
 from tiltflow.rewards import transport as transport_module
 from tiltflow.types import RewardTable
@@ -65,23 +66,23 @@ def test_a_server_killed_in_the_middle_of_a_batch_is_replaced_by_another(tmp_pat
 
 
 def test_a_server_that_is_killed_and_started_again_costs_nothing_but_time(tmp_path: Path) -> None:
-    first = Process("length", tmp_path, name="first")
-    engine, _ = far(first.url, batch_size=1)
-    with engine.begin() as scoring:
-        scoring.add_batch(batch(LEVELS[:20]))
-        while len(first.lines("scored")) < 5:
-            time.sleep(0.005)
-        first.__exit__()
-        again: list[Process] = []
-        timer = threading.Timer(1.0, lambda: again.append(Process("length", tmp_path, name="again", port=first.port)))
-        timer.start()
-        samples = batch(LEVELS)
-        scoring.add(samples.prompts[20:], list(range(20, 40)), images=samples.images[20:])
-        expect(scoring.finish())
-    timer.join()
-    with again[0]:
-        keys = [line["came"] for line in (*first.lines("came"), *again[0].lines("came"))]
-        assert len(set(keys)) == 40  # one key per request, however often it was sent
+    with dead_port() as port:
+        first = Process("length", tmp_path, name="first", port=port)
+        engine, _ = far(first.url, batch_size=1)
+        with engine.begin() as scoring:
+            scoring.add_batch(batch(LEVELS[:20]))
+            wait_until(lambda: len(first.lines("scored")) >= 5)
+            first.__exit__()
+            again: list[Process] = []
+            timer = threading.Timer(1.0, lambda: again.append(Process("length", tmp_path, name="again", port=port)))
+            timer.start()
+            samples = batch(LEVELS)
+            scoring.add(samples.prompts[20:], list(range(20, 40)), images=samples.images[20:])
+            expect(scoring.finish())
+        timer.join()
+        with again[0]:
+            keys = [line["came"] for line in (*first.lines("came"), *again[0].lines("came"))]
+            assert len(set(keys)) == 40  # one key per request, however often it was sent
 
 
 def test_a_stopped_server_is_passed_over_after_half_the_time(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_stopped_server_is_passed_over_after_half_the_time(tmp_path: Path) -> 
         engine, _ = far(first.url, second.url, timeout=10)
         began = time.monotonic()
         expect(engine.score(batch(LEVELS)))
-        assert 4.9 < time.monotonic() - began < 10
+        assert time.monotonic() - began > 4.9  # and less than all of it, or else there would be failures
         stuck = {line["came"] for line in first.lines("came")}
         assert stuck <= {line["scored"] for line in second.lines("scored")}
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,14 +21,14 @@ MIB = 2**20
 class Judge:
     """Counts how often it is asked."""
 
-    def __init__(self, text: str = "well", pause: float = 0.0):
+    def __init__(self, text: str = "well", hold: Callable[[], object] = lambda: None):
         self.text = text
-        self.pause = pause
+        self.hold = hold  # called before each answer
         self.asked = 0
 
     def __call__(self) -> Reply:
         self.asked += 1
-        time.sleep(self.pause)
+        self.hold()
         return Reply(text=self.text, finish_reason="stop", first_tokens={"Yes": -0.25, " no": -9999.0})
 
 
@@ -37,6 +38,36 @@ def text_of(reply: Reply) -> str:
 
 def unreadable(reply: Reply) -> str:
     raise UnparsableError(f"cannot read {reply.text}")
+
+
+class Flights(dict[str, Any]):
+    """What is being asked; counts the threads that found their question there."""
+
+    def __init__(self, replies: Replies):
+        super().__init__()
+        self.found = 0
+        replies._flights = self
+
+    def get(self, key: str) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        flight = super().get(key)
+        self.found += flight is not None
+        return flight
+
+    def wait(self, count: int) -> None:
+        """Wait until so many threads have found theirs, at most twenty seconds."""
+        end = time.monotonic() + 20
+        while self.found < count:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+
+def only_in(folder: Path, real: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function on files for which another stands in within one folder: other threads have files of theirs."""
+
+    def chosen(path: Any, *arguments: Any, **more: Any) -> Any:
+        return (instead if folder in Path(path).parents else real)(path, *arguments, **more)
+
+    return chosen
 
 
 def at_once(count: int, work: Callable[[], object]) -> None:
@@ -67,26 +98,28 @@ def test_a_memory_of_no_size_remembers_nothing() -> None:
 
 
 def test_of_many_threads_one_asks() -> None:
-    judge, replies = Judge(pause=0.1), Replies(0)
+    replies = Replies(0)
+    flights = Flights(replies)
+    judge = Judge(hold=lambda: flights.wait(7))
     found: list[str] = []
     at_once(8, lambda: found.append(replies.get("a", judge, text_of)))
     assert (judge.asked, found) == (1, ["well"] * 8)
 
 
 def test_different_questions_do_not_wait_for_each_other() -> None:
-    judge, replies = Judge(pause=0.2), Replies(8)
-    keys = iter("abcdef")
-    began = time.monotonic()
-    at_once(6, lambda: replies.get(next(keys), judge, text_of))
-    assert judge.asked == 6
-    assert time.monotonic() - began < 0.8
+    together = threading.Barrier(6, timeout=20)
+    judge, replies = Judge(hold=together.wait), Replies(8)
+    keys, found = iter("abcdef"), list[str]()
+    at_once(6, lambda: found.append(replies.get(next(keys), judge, text_of)))
+    assert (judge.asked, found) == (6, ["well"] * 6)
 
 
 def test_an_error_reaches_all_who_wait_and_is_not_kept() -> None:
     replies, failures = Replies(8), []
+    flights = Flights(replies)
 
     def fail() -> Reply:
-        time.sleep(0.1)
+        flights.wait(3)
         raise JudgeError("out of reach")
 
     def ask() -> None:
@@ -102,10 +135,11 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept() -> None:
 
 def test_an_interrupted_thread_does_not_take_those_with_it_that_wait_for_its_reply() -> None:
     replies, asking, errors = Replies(8), threading.Event(), list[BaseException]()
+    flights = Flights(replies)
 
     def be_interrupted() -> Reply:
         asking.set()
-        time.sleep(0.2)
+        flights.wait(2)
         raise KeyboardInterrupt
 
     def ask(judge: Callable[[], Reply]) -> None:
@@ -181,7 +215,7 @@ def test_a_kept_reply_that_cannot_be_marked_as_used_is_read_all_the_same(
     def refuse(path: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("tiltflow.rewards.replies.os.utime", refuse)
+    monkeypatch.setattr(os, "utime", only_in(tmp_path, os.utime, refuse))
     assert on_disk(tmp_path).get("abc", Judge("another"), text_of) == "well"
 
 
@@ -195,7 +229,7 @@ def test_a_limit_that_cannot_be_kept_is_reported_and_costs_no_reply(
         raise PermissionError(1, "Operation not permitted")
 
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="cannot be kept below its limit"):
-        patch.setattr(Path, "unlink", refuse)
+        patch.setattr(Path, "unlink", only_in(tmp_path, Path.unlink, refuse))
         assert replies.get("abd", Judge("x" * 200), text_of) == "x" * 200
     assert on_disk(tmp_path).get("abd", Judge("another"), text_of) == "x" * 200
 
@@ -209,7 +243,7 @@ def test_writers_of_one_reply_never_share_a_file_in_the_making(tmp_path: Path, m
         written.append(self)
         return write(self, data)
 
-    monkeypatch.setattr(Path, "write_bytes", record)
+    monkeypatch.setattr(Path, "write_bytes", only_in(tmp_path, write, record))
     for _ in range(8):
         DiskReplies(tmp_path, limit=MIB).put("abc", Reply(text="well"))
     assert len(set(written)) == 8
@@ -325,7 +359,7 @@ def test_a_disk_that_cannot_be_written_costs_no_reply(tmp_path: Path, monkeypatc
     def full(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiltflow.rewards.replies.os.replace", full)
+    monkeypatch.setattr(os, "replace", only_in(tmp_path, os.replace, full))
     with pytest.warns(RuntimeWarning, match="abc.json cannot be written: .*No space left on device; this reply"):
         assert replies.get("abc", Judge(), text_of) == "well"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

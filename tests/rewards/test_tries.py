@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import email.utils
 import json
+import re
 import socket
 import threading
 import time
@@ -15,17 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.judge_server import JudgeServer, free_port
+from tests.judge_server import JudgeServer
 from tests.rewards.fake_judge import completion
 from tests.rewards.samples import batch, entry
-from tests.sockets import receive
+from tests.sockets import dead_port, receive
 from tiltflow.errors import JudgeError, JudgeTimeoutError
 from tiltflow.rewards import RewardEngine, build_reward
 from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings
 from tiltflow.rewards.tries import Tries, causes
 
 IMAGE = Image.new("RGB", (4, 4))
-SECONDS = 0.6
+SECONDS = 0.6  # of deadlines that are to pass
+ENOUGH = 20.0  # of deadlines that are not
+LATE = 2.0  # seconds by which a busy machine may be late
 Talk = Callable[[socket.socket, "RudeServer"], None]
 
 
@@ -34,26 +37,27 @@ class RudeServer:
 
     def __init__(self, talk: Talk):
         self.connections = 0
-        self.closed = threading.Event()  # the client has hung up on one
+        self.over = 0  # connections that the client has hung up on, or that were answered
         self.ended = threading.Event()  # the test has
         self._talk = talk
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     def close(self) -> None:
         self.ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)  # or else the thread goes on to accept, even what the next one gets
+        self._acceptor.join(20)
+        assert not self._acceptor.is_alive()
         self._listener.close()
 
     def trickle(self, connection: socket.socket, text: bytes) -> None:
         """Send one byte after another, for ever, until the client hangs up."""
-        try:
-            while not self.ended.is_set():
-                for byte in text:
-                    connection.sendall(bytes([byte]))
-                    time.sleep(0.01)
-        except OSError:
-            self.closed.set()
+        while not self.ended.is_set():
+            for byte in text:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.01)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
@@ -65,6 +69,7 @@ class RudeServer:
     def _treat(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             self._talk(connection, self)
+        self.over += 1
 
 
 def hear(connection: socket.socket) -> None:
@@ -80,8 +85,7 @@ def hear(connection: socket.socket) -> None:
 
 def hang(connection: socket.socket, server: RudeServer) -> None:
     hear(connection)
-    if connection.recv(1) == b"":
-        server.closed.set()
+    connection.recv(1)
 
 
 def trickle_head(connection: socket.socket, server: RudeServer) -> None:
@@ -136,15 +140,19 @@ def ask(judge: ChatEndpoint, image: Image.Image = IMAGE) -> dict[str, float]:
 def test_no_peer_outlasts_the_deadline(rude: Callable[[Talk], RudeServer], talk: Talk) -> None:
     server = rude(talk)
     judge = endpoint(server.url)
-    for _ in range(2):
+    asked = 0
+    while server.connections < 2:  # a machine that pauses may not even connect in time
+        asked += 1
         began = time.monotonic()
         with pytest.raises(JudgeTimeoutError) as caught:
             ask(judge)
-        assert SECONDS - 0.05 < time.monotonic() - began < SECONDS + 2
+        assert SECONDS - 0.05 < time.monotonic() - began < SECONDS + LATE
         assert str(caught.value) == f"the judge 'm' at {server.url} gave no answer within {SECONDS:g} s"
-        assert server.closed.wait(5)  # the connection is not left to the peer
-        server.closed.clear()
-    assert server.connections == 2
+        assert server.connections <= asked < 20
+        end = time.monotonic() + 5
+        while server.over < server.connections:  # they are not left to the peer
+            assert time.monotonic() < end
+            time.sleep(0.005)
 
 
 def test_a_peer_that_does_not_read_does_not_outlast_the_deadline(rude: Callable[[Talk], RudeServer]) -> None:
@@ -160,20 +168,21 @@ def test_a_server_that_refuses_for_ever_is_given_up_at_the_deadline(judge: Judge
     judge.behave(status=503)
     began = time.monotonic()
     with pytest.raises(JudgeTimeoutError) as caught:
-        ask(endpoint(judge.url, timeout=2.4))
-    assert time.monotonic() - began < 2.7  # it does not sleep to the end when no further try would fit
-    assert judge.asked()["requests"] == 3  # at 0, 0.5 and 1.5 s; or a little earlier
+        ask(endpoint(judge.url, timeout=4.0))
+    assert time.monotonic() - began < 4.0 + LATE
+    requests = judge.asked()["requests"]
+    assert 2 <= requests <= 4  # at 0, 0.5, 1.5 and 3.5 s; or a little earlier
     told = str(caught.value)
-    assert told.startswith(
-        f"the judge 'm' at {judge.url} gave no answer within 2.4 s; it failed 3 times, at last with "
-    )
-    assert "InternalServerError: Error code: 503" in told and told.endswith("it was told to refuse")
+    start = re.escape(f"the judge 'm' at {judge.url} gave no answer within 4 s; it failed ")
+    failed = re.match(start + r"(once|(\d) times), at last with InternalServerError: Error code: 503", told)
+    assert failed is not None and told.endswith("it was told to refuse")
+    assert int(failed[2] or 1) in (requests - 1, requests)  # the last one may have had no answer
 
 
 def test_nobody_there_is_told_as_such() -> None:
-    judge = endpoint(f"http://127.0.0.1:{free_port()}/v1", max_retries=1)
-    with pytest.raises(JudgeError, match=r"failed: APIConnectionError: .*refused|connect.* \(tried 2 times in "):
-        ask(judge)
+    refused = r"failed: APIConnectionError: .*(refused|connect).* \(tried 2 times in "
+    with dead_port() as port, pytest.raises(JudgeError, match=refused):
+        ask(endpoint(f"http://127.0.0.1:{port}/v1", max_retries=1, timeout=ENOUGH))
 
 
 def test_a_server_that_is_back_before_the_deadline_is_not_missed(judge: JudgeServer) -> None:
@@ -183,14 +192,14 @@ def test_a_server_that_is_back_before_the_deadline_is_not_missed(judge: JudgeSer
     assert judge.asked()["requests"] == 3
 
 
-@pytest.mark.parametrize(("asked", "timeout", "requests"), [("0.05", 3.0, 5), ("3600", 3.0, 1), ("soon", 0.3, 1)])
-def test_retry_after(judge: JudgeServer, asked: str, timeout: float, requests: int) -> None:
+@pytest.mark.parametrize(("asked", "requests"), [("0.05", 5), ("3600", 1)])
+def test_retry_after(judge: JudgeServer, asked: str, requests: int) -> None:
     """A pause that is asked for is made, and where it would not end in time there is no pause and no further try."""
     judge.behave(status=429, headers={"retry-after": asked})
     began = time.monotonic()
     with pytest.raises(JudgeError, match="RateLimitError"):
-        ask(endpoint(judge.url, timeout=timeout, max_retries=4))
-    assert time.monotonic() - began < 2.8  # less than the deadline
+        ask(endpoint(judge.url, timeout=ENOUGH, max_retries=4))
+    assert time.monotonic() - began < 5.0  # less than the deadline, and than four pauses of its own would take
     assert judge.asked()["requests"] == requests
 
 
@@ -198,15 +207,15 @@ def test_retry_after(judge: JudgeServer, asked: str, timeout: float, requests: i
 def test_what_is_tried_again(judge: JudgeServer, status: int, requests: int) -> None:
     judge.behave(status=status, headers={"retry-after": "0.01"})
     with pytest.raises(JudgeError):
-        ask(endpoint(judge.url, max_retries=1))
+        ask(endpoint(judge.url, max_retries=1, timeout=ENOUGH))
     assert judge.asked()["requests"] == requests
 
 
 def test_waiting_for_a_turn_is_not_counted(judge: JudgeServer) -> None:
-    judge.behave(reply="4", delay=0.25)
+    judge.behave(reply="4", delay=0.55)
     options = {"api_base_url": judge.url, "vlm_model": "m", "max_retries": 0, "max_concurrent": 1, "keep_reply": True}
-    engine = RewardEngine([entry("r", "rational_rewards_t2i", timeout=SECONDS, options=options)])
-    (failure,) = engine.score(batch([0.2, 0.4, 0.6, 0.8])).failures  # a second in all
+    engine = RewardEngine([entry("r", "rational_rewards_t2i", timeout=2.0, options=options)])
+    (failure,) = engine.score(batch([0.2, 0.4, 0.6, 0.8])).failures  # 2.2 seconds in all
     assert (failure.samples, failure.kind) == ((0, 1, 2, 3), "unparsable")
 
 
@@ -217,7 +226,7 @@ def test_the_timeout_of_an_entry_is_the_deadline_of_its_requests(rude: Callable[
         began = time.monotonic()
         engine = RewardEngine([entry("r", name, timeout=SECONDS, options=options)])
         table = engine.score(batch([0.2, 0.8]))
-        assert time.monotonic() - began < 3 * SECONDS  # vllm_evaluate also asks for tokens, once
+        assert time.monotonic() - began < 2 * SECONDS + LATE  # vllm_evaluate also asks for tokens, once
         assert table.column("r").isnan().all()
         assert [(each.samples, each.kind) for each in table.failures] == [((0, 1), "timeout")]
 
@@ -347,6 +356,13 @@ def test_no_more_tries_than_allowed() -> None:
     assert len(pauses) == 2
 
 
+def test_no_pause_is_begun_that_would_outlast_the_deadline() -> None:
+    pauses: list[float] = []
+    with pytest.raises(JudgeTimeoutError, match=r"the judge gave no answer within 0\.3 s"):
+        tries([Refusal(503)], pauses, seconds=0.3)  # the first pause is 0.375 s at least
+    assert pauses == []
+
+
 def test_other_exceptions_are_not_caught() -> None:
     with pytest.raises(KeyError):
         tries([KeyError("a mistake")], [])
@@ -382,7 +398,7 @@ def test_bodies_that_are_no_answer(
         connection.sendall(head.encode() + body)
 
     with pytest.raises(JudgeError, match=message):
-        ask(endpoint(rude(answer).url, max_retries=0))
+        ask(endpoint(rude(answer).url, max_retries=0, timeout=ENOUGH))
 
 
 def test_an_answer_that_is_cut_is_tried_again(rude: Callable[[Talk], RudeServer]) -> None:
@@ -392,27 +408,28 @@ def test_an_answer_that_is_cut_is_tried_again(rude: Callable[[Talk], RudeServer]
 
     server = rude(cut)
     with pytest.raises(JudgeError, match="APIConnectionError"):
-        ask(endpoint(server.url, max_retries=1, timeout=5.0))
+        ask(endpoint(server.url, max_retries=1, timeout=ENOUGH))
     assert server.connections == 2
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(rude: Callable[[Talk], RudeServer]) -> None:
-    first = iter([True])
+    first, given_up = iter([True]), threading.Event()
 
     def answer(connection: socket.socket, server: RudeServer) -> None:
         while True:
             hear(connection)
             late = next(first, False)
             if late:
-                time.sleep(2 * SECONDS)
+                given_up.wait(20)
             body = json.dumps(completion({"late" if late else "own": -0.1})).encode()
             head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
 
     server = rude(answer)
-    judge = endpoint(server.url)
+    judge = endpoint(server.url, timeout=2.0)
     with pytest.raises(JudgeTimeoutError):
         ask(judge)
+    given_up.set()
     for level in range(3):
         assert ask(judge, Image.new("RGB", (4, 4), (level, 0, 0))) == {"own": -0.1}
     assert server.connections == 2

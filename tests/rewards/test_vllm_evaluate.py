@@ -17,6 +17,7 @@ from PIL import Image
 from tests.judge_server import JudgeServer, judge_server
 from tests.rewards.fake_judge import completion, sent_image, serve
 from tests.rewards.samples import batch, entry
+from tests.sockets import dead_port, wait_until
 from tiltflow.errors import JudgeError, RewardError, UnparsableError
 from tiltflow.rewards import RewardEngine, RewardModel, RewardModelOutput, build_reward, check_reward
 from tiltflow.rewards.labels import spellings
@@ -441,7 +442,7 @@ def test_one_refused_image_fails_alone_and_a_remote_reward_masks_it(judge: Judge
 
 
 def test_a_server_that_hangs_is_given_up_request_by_request(judge: JudgeServer, local: InProcess) -> None:
-    judge.behave(delay=1.0)
+    judge.behave(delay=30.0)
     options = {"api_base_url": judge.url, "vlm_model": "tiny", "max_retries": 0, **asking_for(labels(local))}
     engine = RewardEngine([entry("yes", "vllm_evaluate", timeout=0.2, options=options)])
     (failure,) = engine.score(batch([0.2, 0.7])).failures
@@ -451,21 +452,20 @@ def test_a_server_that_hangs_is_given_up_request_by_request(judge: JudgeServer, 
 
 
 def test_a_server_that_dies_is_a_failure_and_the_next_call_succeeds_when_it_is_back() -> None:
-    with judge_server() as server:
+    with dead_port() as port, judge_server(port=port) as server:
         reward = reward_of(server.url, max_retries=1, max_concurrent=2)
         server.behave(reply="Yes", delay=30.0)
         outputs: list[RewardModelOutput] = []
         asking = threading.Thread(target=lambda: outputs.append(reward(prompt=PROMPTS, image=IMAGES)))
         asking.start()
-        while server.asked()["now"] < 2:
-            pass
+        wait_until(lambda: server.asked()["now"] == 2)
         server.kill()
-        asking.join(timeout=30)
+        asking.join(timeout=60)
         assert len(outputs) == 1
         assert rewards_of(outputs[0]).isnan().all()
         assert sorted(outputs[0].failures) == [0, 1, 2, 3, 4]
         assert "failed: APIConnectionError: Connection error." in str(outputs[0].failures[4])
-        back = JudgeServer(None, server.port)
+        back = JudgeServer(None, port)
         try:
             # This server has no model: that it is reached shows in the other failure.
             output = reward(prompt=PROMPTS, image=IMAGES)
@@ -525,7 +525,7 @@ def test_it_works_in_a_running_event_loop_more_than_once(judge: JudgeServer, loc
 
 
 def test_lanes_of_an_asynchronous_reward(judge: JudgeServer, local: InProcess) -> None:
-    judge.behave(delay=0.5)
+    judge.behave(delay=1.5)  # in which even a machine that pauses sends the others
     options = {"api_base_url": judge.url, "vlm_model": "tiny", **asking_for(labels(local))}
     arguments = entry(
         "yes", "vllm_evaluate", batch_size=2, async_reward=True, num_workers=3, timeout=10, options=options

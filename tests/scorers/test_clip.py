@@ -370,7 +370,7 @@ def test_prompts_are_encoded_once_and_the_oldest_forgotten() -> None:
 def test_rewards_in_several_threads_share_one_pass() -> None:
     backbone, batch = tiny_backbone(), images(4)
     calls = Calls(backbone)
-    start = threading.Barrier(4)
+    start = threading.Barrier(4, timeout=20)
     results: dict[int, Tensor] = {}
 
     def run(number: int) -> None:
@@ -382,7 +382,8 @@ def test_rewards_in_several_threads_share_one_pass() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+    assert sorted(results) == [0, 1, 2, 3]
     assert (calls.images, calls.prompts) == ([4], [4])
     assert all(torch.equal(results[number], results[0]) for number in range(4))
 

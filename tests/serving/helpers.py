@@ -14,6 +14,7 @@ from tiltflow.serving.jobs import Sample, Scored, ScorerSource
 from tiltflow.serving.models import ServedModel
 
 FOR_EVERYTHING = 50.0  # seconds that one test may take
+LATE = 2.0  # seconds by which a busy machine may be late
 
 
 def run(test: Awaitable[None]) -> None:
@@ -72,6 +73,12 @@ async def until(condition: Callable[[], bool], *, seconds: float = 15.0) -> floa
         assert time.monotonic() - begun < seconds, "it did not happen"
         await asyncio.sleep(0.005)
     return time.monotonic() - begun
+
+
+def allow(model: ServedModel, seconds: float = 30.0) -> None:
+    """Let the calls from now on take so long: what hangs ends soon, and what must succeed may take its time."""
+    for lane in model._lanes:
+        lane._batch_seconds = seconds
 
 
 def calls(log: Path) -> list[list[str]]:

@@ -30,6 +30,15 @@ def value(sample: Sample) -> float:
         return float(len(sample.prompt))
 
 
+def wait_for(file: str) -> None:
+    """Wait until a file is there, at most thirty seconds."""
+    end = time.monotonic() + 30
+    while not Path(file).exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"nobody made {file}")
+        time.sleep(0.005)
+
+
 class Plain:
     """Scores every sample by `value`; what else it does is said in the samples' prompts."""
 
@@ -59,6 +68,10 @@ class Plain:
                 raise WireError("upstream_judge", "the judge is out")
             case ("sleep", seconds):
                 time.sleep(float(seconds))
+            case ("make", file):
+                Path(file).touch()
+            case ("until", file):
+                wait_for(file)
             case ("hang", _):
                 ctypes.PyDLL(None).sleep(60)  # keeps the interpreter locked, as a hung extension may
             case ("die", _):
@@ -187,11 +200,13 @@ class Parent(Plain):
 class Slow(Plain):
     """Takes its time to load."""
 
-    def __init__(self, *, load: float, pids: str = ""):
+    def __init__(self, *, load: float = 0.0, until: str = "", pids: str = ""):
         super().__init__()
         if pids:
             Path(pids).write_text(str(os.getpid()))
         time.sleep(load)
+        if until:
+            wait_for(until)
 
 
 class Failing(Plain):

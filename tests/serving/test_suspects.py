@@ -1,12 +1,11 @@
 """A sample that ends its worker is found, and costs the others one more try and the model nothing."""
 
-import asyncio
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.serving.helpers import ask, calls, codes, run, serving, submit, until
+from tests.serving.helpers import allow, ask, calls, codes, run, serving, until
 from tiltflow.serving.jobs import Sample
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.suspects import KEPT_SECONDS, Suspects
@@ -87,10 +86,11 @@ def test_samples_that_kill_do_not_fail_the_model() -> None:
 
 def test_a_sample_that_hangs_is_isolated_too() -> None:
     async def test() -> None:
-        async with serving(batch_seconds=0.4) as model:
+        async with serving() as model:
             for _ in range(2):
-                waiting = submit(model, ["hang"])
-                found = codes(await asyncio.gather(*waiting))
+                allow(model, 0.4)
+                found = codes(await ask(model, ["hang"]))
+                allow(model)
                 await recovered(model)
                 assert codes(await ask(model, ["1"])) == [""]
             assert found == ["scorer_error"]
@@ -100,12 +100,14 @@ def test_a_sample_that_hangs_is_isolated_too() -> None:
 
 def test_a_sample_is_not_to_blame_for_those_that_its_model_asks() -> None:
     async def test() -> None:
-        async with serving(batch_seconds=0.4, remote=True) as model:
+        async with serving(remote=True) as model:
             for _ in range(2):
+                allow(model, 0.4)
                 answers = await ask(model, ["hang"])
                 assert codes(answers) == ["deadline_exceeded"]
                 assert answers[0].error is not None and answers[0].error.retryable
                 await recovered(model)
+            allow(model)
             assert codes(await ask(model, ["sleep=0.1", "1"])) == [""] * 2
 
     run(test())

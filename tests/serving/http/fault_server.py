@@ -50,6 +50,12 @@ class Faulty(RewardServer):
                 raise WireError("upstream_judge", "the judge is out")
             case "sleep":
                 time.sleep(float(value))
+            case "until":
+                end = time.monotonic() + 30
+                while not Path(value).exists():
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"nobody made {value}")
+                    time.sleep(0.005)
             case "hang":
                 time.sleep(1000)
             case "kill":

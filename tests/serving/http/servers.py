@@ -24,6 +24,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 START_SECONDS = 120.0  # the package imports much, and machines are busy
+LATE = 2.0  # seconds by which a busy machine may be late
 
 
 @dataclass
@@ -114,6 +115,13 @@ class Server:
             assert time.monotonic() < end, self.lines
             assert self.process.poll() is None, self.lines
             time.sleep(0.05)
+
+    def wait_queued(self, count: int) -> None:
+        """Wait until so many samples wait for the model `Faulty`."""
+        end = time.monotonic() + 30
+        while self.get("/v1/models/Faulty").json["queue_items"] != count:
+            assert time.monotonic() < end, self.lines
+            time.sleep(0.01)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

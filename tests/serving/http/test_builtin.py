@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.judge_server import free_port
 from tests.serving.http.rewards import Conditioned
 from tests.serving.http.servers import Server, b64, codes, levels, picture, running, scores
+from tests.sockets import dead_port
 from tiltflow import cli
 from tiltflow.rewards import RewardArguments, RewardEngine
 from tiltflow.serving.builtin import RewardScorer, make_scorer, to_tensor
@@ -102,10 +102,11 @@ def test_the_revision_changes_with_options_and_weights(tmp_path: Path, monkeypat
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     rewards = ["JPEGCompressibility", f"{{reward_model: {TESTS}.Brightness, name: bright}}", f"{HERE}.Judged"]
-    nobody = f"http://127.0.0.1:{free_port()}/v1"
-    rewards.append(f"{{reward_model: vllm_evaluate, name: asks, api_base_url: '{nobody}', max_retries: 1, timeout: 5}}")
-    with running("-m", "tiltflow", "serve", *rewards, "--port", "0", "--limit", "items=10") as server:
-        yield server
+    with dead_port() as port:
+        nobody = f"{{reward_model: vllm_evaluate, name: asks, api_base_url: 'http://127.0.0.1:{port}/v1'"
+        rewards.append(nobody + ", max_retries: 1, timeout: 20}")
+        with running("-m", "tiltflow", "serve", *rewards, "--port", "0", "--limit", "items=10") as server:
+            yield server
 
 
 def test_several_models_in_one_request(server: Server) -> None:
