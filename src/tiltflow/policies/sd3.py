@@ -29,7 +29,6 @@ ATTENTION_TARGETS = (
     "attn.to_v",
     "attn.to_out.0",
 )
-LORA_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

@@ -209,19 +209,6 @@ class LanguageRewardModel(nn.Module):
             found[places] = self(ids.to(self.device), lengths.to(self.device))
         return found
 
-    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the scores of a padded batch, float32 `[B]` or `[B, A]`, with gradient to the weights.
-
-        Args:
-            input_ids: `[B, S]`, padded on either side.
-            attention_mask: 1 for real tokens, 0 for padding, `[B, S]`.
-
-        Raises:
-            RewardError: A row has no real token.
-        """
-        ids, lengths, _ = _to_the_left(input_ids, attention_mask)
-        return self.merged(self(ids, lengths))
-
     def score_sequence(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return a score for every token, attributes merged, float32 `[B, S]`; 0 where there is padding.
 
