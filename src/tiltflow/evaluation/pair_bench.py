@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 from tiltflow.errors import DataError
 from tiltflow.evaluation.reward_bench import aligned
-from tiltflow.evaluation.statistics import Estimate, estimate, mean_of_independent
+from tiltflow.evaluation.statistics import estimate
 from tiltflow.reward_training.thresholds import (
     THRESHOLDS,
     Floats,
     agreements,
-    evaluate_with_ties,
+    choose_threshold,
     label_ties,
     probabilities,
     random_baseline,
     threshold_accuracies,
     tie_scores,
 )
-from tiltflow.runtime.intervals import wilson
+from tiltflow.runtime.intervals import Estimate, mean_of_independent, wilson
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def pair_bench(tests: Mapping[str, PairRewards], validation: PairRewards | None 
     if validation is None:
         return PairBench(None, None, {name: SetScores.of(rewards.finite, None) for name, rewards in tests.items()})
     held = validation.finite
-    threshold = evaluate_with_ties(held.probs, held.labels, held.probs, held.labels).threshold
+    threshold = choose_threshold(held.probs, held.labels)
     scored = {name: SetScores.of(rewards.finite, threshold) for name, rewards in tests.items()}
     return PairBench(threshold, SetScores.of(held, threshold), scored)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from tiltflow.errors import DataError
-from tiltflow.evaluation.statistics import Estimate, mean_of_independent, weighted_mean
+from tiltflow.evaluation.statistics import weighted_mean
+from tiltflow.runtime.intervals import Estimate, mean_of_independent
 
 MATH: Final = "math-prm"
 CODE: Final = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))
