@@ -6,7 +6,6 @@ model scores without one, what calling every pair a tie scores, and what chance 
 The 95% intervals are Wilson's where every pair has a prompt of its own; else whole prompts are resampled.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiltflow.errors import DataError
-from tiltflow.evaluation.reward_bench import aligned
 from tiltflow.evaluation.statistics import estimate
 from tiltflow.reward_training.thresholds import (
     THRESHOLDS,
@@ -29,6 +27,8 @@ from tiltflow.reward_training.thresholds import (
     tie_scores,
 )
 from tiltflow.runtime.intervals import Estimate, mean_of_independent, wilson
+from tiltflow.runtime.plain import plain
+from tiltflow.runtime.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def told(each: Estimate | None, name: str = "accuracy") -> dict[str, float | int
     """Return a rate under a name as JSON has it; NaN, which JSON has not, is None."""
     if each is None:
         return None
-    ends = {name: each.value, "low": each.low, "high": each.high}
-    return {**{name: None if math.isnan(value) else value for name, value in ends.items()}, "pairs": each.count}
+    return plain({name: each.value, "low": each.low, "high": each.high, "pairs": each.count})
 
 
 def _row(name: str, each: SetScores) -> tuple[str, ...]:
