@@ -8,6 +8,7 @@ import torch
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards import REWARDS, RewardModel, reward_class
+from tiltflow.rewards.base import auto_device
 from tiltflow.runtime.tables import aligned
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -28,8 +29,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at every built-in reward without building it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [_examine(name, device) for name in sorted(REWARDS)]
+    return [_examine(name, auto_device()) for name in sorted(REWARDS)]
 
 
 def versions() -> list[tuple[str, str]]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import RewardError
-from tiltflow.scorers.language_head import DTYPES, RewardHead
+from tiltflow.scorers.language_head import RewardHead
 from tiltflow.scorers.language_loading import load_classifier, save_classifier, unread_token, write_head
 from tiltflow.scorers.language_lora import LoraSettings, add_lora, has_lora, save_lora, without_lora
 from tiltflow.scorers.language_text import Message, Text, TextEncoder
 from tiltflow.scorers.length_buckets import length_buckets, pad_rows, token_batches
+from tiltflow.types import DTYPES
 
 SCORING_TOKENS = 16_384  # that one call of the network gets, padding included
 
