@@ -86,7 +86,7 @@ class RewardFailure:
 
     reward: str
     samples: tuple[int, ...]  # rows of the table
-    kind: str  # exception type, "length", or "not finite"
+    kind: str  # "length", "not finite", "timeout" or "unparsable"; else the type of the exception
     message: str
 
 

@@ -66,8 +66,8 @@ class DrawnPreferences(PairSource):
         super().__init__(
             f"drawn pairs ({options.prompts})",
             _labels(np.where(flipped, 1 - better, better), tie),
-            np.ones(options.pairs, dtype=np.bool_),
-            [line["prompt"] for line in self.lines],
+            labelled=np.ones(options.pairs, dtype=np.bool_),
+            prompts=[line["prompt"] for line in self.lines],
         )
 
     def images(self, place: int) -> tuple[Tensor, Tensor]:
