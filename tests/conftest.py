@@ -35,9 +35,8 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-if (
-    not torch.cuda.is_available()
-):  # on a GPU some backward passes, such as that of resizing, have no deterministic kernel
+# On a GPU some backward passes, such as that of resizing, have no deterministic kernel.
+if not torch.cuda.is_available():
     torch.use_deterministic_algorithms(True)
 
 

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BELOW_REPORT,
     "report": BELOW_REPORT | {"evaluation"},
     "demo": BASE | {"data", "rewards"},
-    "demo.run": BASE | {"data", "rewards", "evaluation", "report", "cli"},
+    "demo.run": BASE | {"data", "rewards", "evaluation", "report", "cli", "runtime.tracking"},
     "testing": BASE | {"flow", "policies.base", "policies.parameters", "rewards.base"},
     "config": BELOW_REPORT | {"evaluation", "report", "demo"},
     "commands": BELOW_REPORT | {"evaluation", "report", "config"},

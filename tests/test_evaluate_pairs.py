@@ -99,6 +99,14 @@ def test_a_set_of_ties_has_no_accuracy_and_its_json_is_legal():
     assert "no threshold for ties: --validation" in pair_table(found)
 
 
+def test_a_pair_is_a_tie_or_counts_in_the_accuracy_but_never_both():
+    labels = np.array([[0.504, 0.496], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    found = pair_bench({"a": PairRewards(np.array([0.0, 1.0, 0.0, 1.0]), np.full(4, 0.5), labels, np.arange(4))})
+    assert (found.tests["a"].ties, found.tests["a"].accuracy.count) == (2, 2)
+    assert found.tests["a"].accuracy.value == 0.5
+    assert str(found.tests["a"].accuracy) == "0.500 [0.095, 0.905]"
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP as a run leaves it."""

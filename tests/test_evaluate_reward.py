@@ -12,8 +12,8 @@ from tests.scorers.tiny_language import save_causal, save_classifier
 from tiltflow.cli import main
 from tiltflow.errors import DataError
 from tiltflow.evaluation.reward_bench import CODE, SECTIONS, ScoredPair, accuracies
-from tiltflow.evaluation.statistics import mean_of_independent, weighted_mean
-from tiltflow.runtime.intervals import wilson
+from tiltflow.evaluation.statistics import weighted_mean
+from tiltflow.runtime.intervals import mean_of_independent, wilson
 from tiltflow.scorers import LanguageRewardModel, RewardHead
 
 PAIRS = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,15 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# What configs call the kinds of numbers: rewards and language models by the long names, image generators by the short.
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 Beta = Annotated[float, Field(ge=0, lt=1)]  # a decay rate of Adam's moments
 
 
@@ -77,7 +86,7 @@ class RewardFailure:
 
     reward: str
     samples: tuple[int, ...]  # rows of the table
-    kind: str  # exception type, "length", or "not finite"
+    kind: str  # "length", "not finite", "timeout" or "unparsable"; else the type of the exception
     message: str
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.demo.random_scenes import random_scene
 from tiltflow.demo.detector import ShapeDetector, detect_shapes
 from tiltflow.demo.prompts import all_prompts
-from tiltflow.demo.scenes import SUPERSAMPLING, SceneObject, draw_scene, outline, random_scene, sample_scene
+from tiltflow.demo.scenes import SUPERSAMPLING, SceneObject, draw_scene, outline, sample_scene
 from tiltflow.demo.vocabulary import BACKGROUND, COLORS, SHAPES
 from tiltflow.rewards.geneval import TAGS, score_detections
 

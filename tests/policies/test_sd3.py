@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiltflow.commands import EMBEDDED_MODELS
 from tiltflow.errors import ConfigError
 from tiltflow.flow import sample
-from tiltflow.policies.sd3 import LORA_FILE, SD3Config, SD3Policy
+from tiltflow.policies.sd3 import SD3Config, SD3Policy
 from tiltflow.training import SamplerConfig, rollout
 from tiltflow.types import Prompt
 
@@ -207,7 +207,7 @@ def test_lora_export_loads_in_the_stock_pipeline(random_sd3, tmp_path):
     with torch.no_grad(), policy.weights.using("ema"):
         policy.export(tmp_path)
         expected = policy.velocity(x, t, conditioning)
-    assert (tmp_path / LORA_FILE).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     stock = StableDiffusion3Pipeline.from_pretrained(random_sd3)
     plain = stock_velocity(stock, x, t, conditioning)
     stock.load_lora_weights(tmp_path)

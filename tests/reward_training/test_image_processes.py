@@ -47,7 +47,6 @@ def test_two_processes_make_the_run_of_one(tmp_path: Path, kind: str, negatives:
             assert two[name] == pytest.approx(value, abs=5e-5 if blind else 2e-6, rel=2e-6), name
     assert weights.keys() == shared.keys()
     for name, weight in weights.items():
-        if not name.endswith(
-            "k_proj.bias"
-        ):  # it shifts all logits alike: its gradient is rounding, which Adam scales up
+        # This one shifts all logits alike: its gradient is rounding, which Adam scales up.
+        if not name.endswith("k_proj.bias"):
             torch.testing.assert_close(shared[name], weight, atol=2e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")

@@ -13,9 +13,9 @@ from tiltflow.data.image_preferences import read_image_preferences
 from tiltflow.errors import DataError
 from tiltflow.reward_training.thresholds import (
     THRESHOLDS,
+    agreements,
     evaluate_with_ties,
     pair_rewards,
-    preference_accuracy,
     probabilities,
     random_baseline,
     threshold_accuracies,
@@ -39,7 +39,9 @@ def test_golden_protocol(index: int) -> None:
     np.testing.assert_allclose(tests, case["test_accuracies_all_thresholds"], atol=1e-9, rtol=0)
     baseline = random_baseline(case["val_labels"])
     np.testing.assert_allclose(baseline, case["random_baseline_val"], atol=1e-9, rtol=0)
-    found = evaluate_with_ties(case["val_probs"], case["val_labels"], case["test_probs"], case["test_labels"])
+    found = evaluate_with_ties(
+        case["val_probs"], case["val_labels"], test_probs=case["test_probs"], test_labels=case["test_labels"]
+    )
     assert found.threshold == pytest.approx(case["best_threshold"].item(), abs=1e-12)
     assert found.test.value == pytest.approx(case["test_accuracy"].item(), abs=1e-9)
     assert found.validation.value == pytest.approx(case["val_accuracies"].max(), abs=1e-9)
@@ -69,13 +71,9 @@ def test_the_baseline_is_what_chance_scores() -> None:
 
 
 def test_accuracy_leaves_ties_out() -> None:
-    found = preference_accuracy([1, 1, 2, 0, 0], [0, 1, 1, 1, 9], [[1, 0], [1, 0], [0.9, 0.1], [1, 0], [0.5, 0.5]])
-    assert (found.value, found.count) == (0.5, 4)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.15, 0.85)  # Wilson's interval of 2 in 4
-    nothing = preference_accuracy([1.0], [0.0], [[0.5, 0.5]])
-    assert math.isnan(nothing.value)
-    assert math.isnan(nothing.low)
-    assert str(found) == "0.500 [0.150, 0.850]"
+    right, decided = agreements([1, 1, 2, 0, 0], [0, 1, 1, 1, 9], [[1, 0], [1, 0], [0.9, 0.1], [1, 0], [0.5, 0.5]])
+    assert decided.tolist() == [True] * 4 + [False]
+    assert right[decided].tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (3,), (3, 3)])
@@ -92,11 +90,11 @@ def test_rewards_that_are_not_finite_are_no_scores(value: float) -> None:
     ):
         probabilities([1.0, value, value], [0.0, 0.0, 0.0])
     with pytest.raises(DataError, match=r"rewards_1\[2\] is"):
-        preference_accuracy([1.0, 1.0, 1.0], [0.0, 0.0, value], labels)
+        agreements([1.0, 1.0, 1.0], [0.0, 0.0, value], labels)
     with pytest.raises(DataError, match=r"probs\[1\] is \[ *(nan|-?inf)"):
         threshold_accuracies(probs, labels)
     with pytest.raises(DataError, match=r"probs\[1\] is"):
-        evaluate_with_ties([[0.9, 0.1]] * 3, labels, probs, labels)
+        evaluate_with_ties([[0.9, 0.1]] * 3, labels, test_probs=probs, test_labels=labels)
     for call in (lambda: random_baseline(probs), lambda: tie_scores([[0.9, 0.1]] * 3, probs, 0.1)):
         with pytest.raises(DataError, match=r"labels\[1\] is"):
             call()

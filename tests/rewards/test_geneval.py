@@ -8,7 +8,8 @@ import pytest
 
 from tests.shared import golden, requires_shared
 from tiltflow.errors import DataError
-from tiltflow.rewards.geneval import TAGS, Detection, GenevalResult, overall, score_detections, tag_accuracies
+from tiltflow.evaluation import estimate_stratified
+from tiltflow.rewards.geneval import TAGS, Detection, GenevalResult, score_detections
 
 CUP_AND_COW = {
     "tag": "position",
@@ -93,12 +94,12 @@ def test_golden_summary() -> None:
     summary, cases = golden("scorers/geneval_logic")[0]["summary"], golden_cases()
     results = [score_detections(detections_of(c), c["metadata"]) for c in cases]
     tags = [c["metadata"]["tag"] for c in cases]
-    official = tag_accuracies(tags, [r.correct for r in results])
-    strict = tag_accuracies(tags, [r.strict for r in results])
-    assert official == pytest.approx(summary["official_accuracy_per_tag"], abs=1e-12)
-    assert strict == pytest.approx(summary["strict_accuracy_per_tag"], abs=1e-12)
-    assert overall(official) == pytest.approx(summary["official_overall"], abs=1e-12)
-    assert overall(strict) == pytest.approx(summary["strict_overall"], abs=1e-12)
+    for name, hits in (("official", [r.correct for r in results]), ("strict", [r.strict for r in results])):
+        by_tag = {tag: [hit for hit, each in zip(hits, tags, strict=True) if each == tag] for tag in TAGS}
+        rates = {tag: sum(mine) / len(mine) for tag, mine in by_tag.items()}
+        assert rates == pytest.approx(summary[f"{name}_accuracy_per_tag"], abs=1e-12)
+        found = estimate_stratified(hits, range(len(hits)), tags)
+        assert found.value == pytest.approx(summary[f"{name}_overall"], abs=1e-12)
 
 
 @requires_shared
@@ -229,23 +230,7 @@ def test_excluded_objects_break_only_the_leaderboard_rule() -> None:
     assert result == GenevalResult(False, True, 1.0, ("expected dog<1, found 1",))
 
 
-# --- aggregation and bad input ----------------------------------------------------------------------------------------
-
-
-def test_overall_weighs_tags_and_not_images() -> None:
-    accuracies = tag_accuracies(["position", "colors", "colors", "colors"], [True, False, False, True])
-    assert accuracies == {"colors": pytest.approx(1 / 3), "position": 1.0}
-    assert list(accuracies) == ["colors", "position"]
-    assert overall(accuracies) == pytest.approx(2 / 3)
-
-
-def test_aggregation_rejects_bad_input() -> None:
-    with pytest.raises(ValueError, match="tags has 1 entries and correct has 2"):
-        tag_accuracies(["colors"], [True, False])
-    with pytest.raises(DataError, match="tag is 'colour'; it must be one of single_object"):
-        tag_accuracies(["colour"], [True])
-    with pytest.raises(ValueError, match="accuracies is empty"):
-        overall({})
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 CUP = {"class": "cup", "count": 1}

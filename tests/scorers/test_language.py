@@ -57,11 +57,14 @@ def test_score_depends_neither_on_the_batch_nor_on_the_side_of_its_padding(tmp_p
     alone = torch.cat([model.score([text]) for text in TEXTS])
     torch.testing.assert_close(alone, scores, atol=tolerance, rtol=0)
     torch.testing.assert_close(model.score(TEXTS, max_tokens=1), scores, atol=tolerance, rtol=0)
-    for side in ("left", "right"):
+    found = model.merged(model(*model.pad([model.encode(text) for text in TEXTS])))
+    assert found.requires_grad
+    torch.testing.assert_close(found.detach(), scores, atol=tolerance, rtol=0)
+    for side in ("left", "right") if model.reads_last_token else ():
         ids, mask = padded(model, TEXTS, side)
-        found = model.score_tokens(ids, mask)
-        assert found.requires_grad
-        torch.testing.assert_close(found.detach(), scores, atol=tolerance, rtol=0)
+        last = (mask * torch.arange(1, ids.shape[1] + 1)).argmax(1, keepdim=True)
+        found = model.score_sequence(ids, mask).detach().gather(1, last)[:, 0]
+        torch.testing.assert_close(found, scores, atol=tolerance, rtol=0)
 
 
 def test_the_last_real_token_is_read_even_if_it_is_the_padding_token(llama):
@@ -70,9 +73,9 @@ def test_the_last_real_token_is_read_even_if_it_is_the_padding_token(llama):
     with torch.no_grad():
         hidden = llama.classifier.base_model(input_ids=ids[:, :3]).last_hidden_state[:, -1]
         expected = llama.classifier.score(hidden)[:, 0]
-        torch.testing.assert_close(llama.score_tokens(ids, mask), expected)
+        torch.testing.assert_close(llama.merged(llama(ids, mask.sum(1))), expected)
     with pytest.raises(RewardError, match="row 1 of the batch has no real token"):
-        llama.score_tokens(ids.repeat(2, 1), torch.tensor([[1, 1, 1, 0, 0], [0] * 5]))
+        llama.score_sequence(ids.repeat(2, 1), torch.tensor([[1, 1, 1, 0, 0], [0] * 5]))
 
 
 def test_every_token_has_the_score_that_the_text_up_to_it_has(llama):

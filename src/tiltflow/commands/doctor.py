@@ -1,6 +1,5 @@
 """`tiltflow doctor`: what works on this machine, reward by reward."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -9,6 +8,8 @@ import torch
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards import REWARDS, RewardModel, reward_class
+from tiltflow.rewards.base import auto_device
+from tiltflow.runtime.tables import aligned
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -28,8 +29,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at every built-in reward without building it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [_examine(name, device) for name in sorted(REWARDS)]
+    return [_examine(name, auto_device()) for name in sorted(REWARDS)]
 
 
 def versions() -> list[tuple[str, str]]:
@@ -48,7 +48,7 @@ def doctor_report() -> str:
     """Return versions and findings as plain text."""
     rows = [("reward", "importable", "weights", "device")]
     rows += [(each.reward, each.importable, each.weights, each.device) for each in examine()]
-    return "\n\n".join([_table(versions()), _table(rows)])
+    return "\n\n".join([aligned(versions()), aligned(rows)])
 
 
 def _examine(name: str, device: str) -> Finding:
@@ -79,8 +79,3 @@ def _weights(cls: type[RewardModel]) -> str:
     missing = [each.label for each in weights if each.find() is None]
     found = "found" if weights else "none needed"
     return f"missing: {', '.join(missing)}" if missing else found
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

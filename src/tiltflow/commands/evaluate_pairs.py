@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -20,6 +19,7 @@ from tiltflow.reward_training.base import Batch
 from tiltflow.reward_training.image_text import CLIPRewardModel, Precision, get_reward_model
 from tiltflow.reward_training.image_text_fit import PairsConfig, read_pairs
 from tiltflow.reward_training.thresholds import pair_rewards
+from tiltflow.rewards.base import auto_device
 from tiltflow.types import Config
 
 BATCH = 64  # pairs that are decoded and scored at once
@@ -47,9 +47,8 @@ def evaluate_pairs(
         raise ConfigError(f"--validation {settings.validation} is measured too; choose the threshold on other pairs")
     sets = {name: _read(text, rules) for name, text in zip(source_names(data), data, strict=True)}
     held = None if settings.validation is None else _read(settings.validation, rules)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = get_reward_model(
-        {"pretrained": model, "precision": PRECISION[dtype], "device": device}, mbs=2 * BATCH, gbs=2 * BATCH
+        {"pretrained": model, "precision": PRECISION[dtype], "device": auto_device()}, mbs=2 * BATCH, gbs=2 * BATCH
     )
     for pairs in [*sets.values(), *([held] if held is not None else [])]:
         pairs.check_captions(network.caption_tokens, network.caption_lengths(pairs.prompts))

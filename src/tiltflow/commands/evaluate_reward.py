@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
@@ -22,10 +21,11 @@ from tiltflow.evaluation.pair_bench import told
 from tiltflow.evaluation.reward_bench import ScoredPair, accuracies, accuracy_table
 from tiltflow.reward_training.language_build import max_length
 from tiltflow.reward_training.language_data import OverLength, Tokenizing, Tokens
+from tiltflow.rewards.base import auto_device
 from tiltflow.scorers import LanguageRewardModel
-from tiltflow.scorers.language_head import DTYPES, reward_attribute
+from tiltflow.scorers.language_head import reward_attribute
 from tiltflow.scorers.model_kinds import ModelKind, model_kind
-from tiltflow.types import Config
+from tiltflow.types import DTYPES, Config
 
 Dtype = Literal["float32", "bfloat16"]
 CHUNK = 256  # texts between two looks of the progress bar
@@ -88,7 +88,7 @@ def evaluate_language(
     model: str, data: Sequence[str], settings: LanguageEvaluation, *, on_bad_record: OnBad, dtype: Dtype
 ) -> RewardOutcome:
     """Do the work of `run_reward_evaluation` for a language model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto_device()
     network = LanguageRewardModel.from_pretrained(model, require_head=True, device=device, dtype=DTYPES[dtype]).eval()
     column = reward_attribute(network.head, network.attribute_names, settings.attribute, option="--attribute")
     network.head = network.head.model_copy(update={"merge_attributes": True})

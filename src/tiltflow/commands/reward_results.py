@@ -1,7 +1,6 @@
 """What an evaluation of a reward model came to, what its parts are called, and where it is written."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from tiltflow.config import parse_value
 from tiltflow.data.sources import SHARDS
 from tiltflow.errors import ConfigError
 from tiltflow.runtime.files import make_folder, write_atomically
+from tiltflow.runtime.plain import plain
 
 FOLDER = "evaluation"  # in the folder of a run
 
@@ -61,8 +61,8 @@ def write_result(path: Path, outcome: RewardOutcome, *, model: str, data: Sequen
     """Write the result, and beside it the rewards of every pair; numbers that are not finite are null."""
     make_folder(path.parent)
     content = {"model": model, "data": list(data), **outcome.content, "notes": dict(outcome.notes)}
-    write_atomically(path, json.dumps(_legal(content), indent=1, allow_nan=False))
-    rows = "".join(f"{json.dumps(_legal(row), allow_nan=False)}\n" for row in outcome.rows)
+    write_atomically(path, json.dumps(plain(content), indent=1, allow_nan=False))
+    rows = "".join(f"{json.dumps(plain(row), allow_nan=False)}\n" for row in outcome.rows)
     write_atomically(path.with_suffix(".jsonl"), rows)
 
 
@@ -122,12 +122,3 @@ def _identity(model: str, data: Sequence[str]) -> tuple[str, list[str]]:
 
 def _resolved(text: str) -> str:
     return text if text.startswith("{") or not Path(text).exists() else str(Path(text).resolve())
-
-
-def _legal(value: Any) -> Any:
-    """Return a value without numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _legal(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_legal(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

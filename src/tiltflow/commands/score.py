@@ -26,6 +26,7 @@ from tiltflow.rewards import (
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.files import make_folder
 from tiltflow.runtime.plain import finite_or_none, plain
+from tiltflow.runtime.tables import aligned
 from tiltflow.types import RewardTable
 
 CHUNK = 64  # images in memory, and rows between two writes
@@ -91,8 +92,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / count)
         numbers = (f"{value:.4g}" for value in (mean, std, min(values), max(values)))
         lines.append((name, str(count), *numbers, str(len(rows) - count)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def failure_causes(rows: Sequence[Mapping[str, Any]], *, limit: int = 5) -> str:

@@ -33,7 +33,7 @@ OPTIONAL: Final = ("has_label", "num_example_per_prompt")
 class PairSource(ABC):
     """N pairs as they are stored; a label that is missing or no number is NaN."""
 
-    def __init__(self, name: str, labels: NDArray[np.float64], labelled: NDArray[np.bool_], prompts: Sequence[Any]):
+    def __init__(self, name: str, labels: NDArray[np.float64], *, labelled: NDArray[np.bool_], prompts: Sequence[Any]):
         self.name = name  # of a file or a set
         self.labels = labels  # [N, 2]
         self.labelled = labelled  # [N]; False where the set says that nobody has judged the pair
@@ -92,8 +92,8 @@ class _StoredPairs(PairSource):
         super().__init__(
             source,
             np.array([[_number(value) for value in labels] for labels in (label_0, label_1)]).T,
-            np.array([value is ABSENT or value is None or bool(value) for value in judged]),
-            [same.setdefault(prompt, prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+            labelled=np.array([value is ABSENT or value is None or bool(value) for value in judged]),
+            prompts=[same.setdefault(prompt, prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
         )
         counts = np.array([_number(value) for value in self._parts.column(self._names["num_example_per_prompt"])])
         self.per_prompt = counts if (counts >= 1).all() else None

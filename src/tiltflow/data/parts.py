@@ -37,7 +37,7 @@ class Record:
 class Part(ABC):
     """The records of one file, or of one set."""
 
-    def __init__(self, name: str, folder: Path, unit: str, numbers: Sequence[int]):
+    def __init__(self, name: str, folder: Path, *, unit: str, numbers: Sequence[int]):
         self.name = name
         self.folder = folder  # that paths in it are relative to
         self.unit = unit
@@ -85,7 +85,7 @@ class Lines(Part):
             raise DataError(f"data {path} cannot be read: {error}") from error
         # Only this ends a line: characters such as U+2028 may stand inside a JSON string.
         lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
-        super().__init__(str(path), path.parent, "line", [number for number, _ in lines])
+        super().__init__(str(path), path.parent, unit="line", numbers=[number for number, _ in lines])
         parsed = [_parsed(line) for _, line in lines]
         self._values = [values for values, _ in parsed]
         self.problems = {index: problem for index, (_, problem) in enumerate(parsed) if problem}
@@ -114,7 +114,7 @@ class Table(Part):
     """An Arrow table in memory, or in files that are mapped into it."""
 
     def __init__(self, name: str, folder: Path, table: Any):
-        super().__init__(name, folder, "row", range(1, table.num_rows + 1))
+        super().__init__(name, folder, unit="row", numbers=range(1, table.num_rows + 1))
         self._table = table
         self._batches = table.to_batches()  # in which a cell is found without a look at all chunks before it
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))

@@ -9,6 +9,7 @@ from tiltflow.data.parts import Record
 from tiltflow.data.records import BadRecord, LeftOut, number_field, read_records, text_field
 
 Layout = Literal["auto", "pairs", "adjacent"]
+AsConversation = bool | Literal["prompted"]
 MARGINS = (-1e6, 1e6)  # what a margin may be
 NAMES = ("prompt", "chosen", "rejected", "margin", "label", "subset", "text")
 
@@ -34,7 +35,7 @@ def read_preferences(
     left_out: LeftOut,
     layout: Layout = "auto",
     columns: Mapping[str, str] | None = None,
-    as_conversation: bool | Literal["prompted"] = False,
+    as_conversation: AsConversation = False,
 ) -> list[Preference]:
     """Read preferences.
 
@@ -64,7 +65,7 @@ def read_preferences(
     return list(_pairs(records, left_out, as_conversation))
 
 
-def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool | str) -> Iterator[Preference]:
+def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: AsConversation) -> Iterator[Preference]:
     for record in records:
         try:
             if record.problem:
@@ -74,9 +75,9 @@ def _pairs(records: Sequence[Record], left_out: LeftOut, as_conversation: bool |
             left_out.bad(record.place, problem)
 
 
-def _from_pair(record: Record, as_conversation: bool | str) -> Preference:
+def _from_pair(record: Record, as_conversation: AsConversation) -> Preference:
     values = record.values
-    chosen, rejected = (prompted(values, key, as_conversation) for key in ("chosen", "rejected"))
+    chosen, rejected = (prompted(values, key, as_conversation=as_conversation) for key in ("chosen", "rejected"))
     low, high = MARGINS
     label = number_field(values, "label", low=0.0, high=1.0)
     return Preference(
@@ -89,7 +90,7 @@ def _from_pair(record: Record, as_conversation: bool | str) -> Preference:
     )
 
 
-def prompted(values: Mapping[str, Any], key: str, as_conversation: bool | str) -> Any:
+def prompted(values: Mapping[str, Any], key: str, *, as_conversation: AsConversation) -> Any:
     """Return an answer of a record, its prompt before it if it has one; the arguments are those of `read_preferences`.
 
     Raises:

@@ -79,7 +79,7 @@ def _text(values: Mapping[str, Any], as_conversation: bool) -> Any:
         if as_conversation and isinstance(text, str):
             raise BadRecord("missing key", "'prompt': a conversation is made of a prompt and a response")
     else:
-        text = prompted(values, "response", as_conversation)
+        text = prompted(values, "response", as_conversation=as_conversation)
     if not text:
         raise BadRecord("empty text", "")
     return text

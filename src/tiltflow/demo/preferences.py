@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, Literal, final
 
 import cv2
@@ -19,7 +18,6 @@ from tiltflow.demo.dataset import TAG_WEIGHTS
 from tiltflow.demo.prompts import split_prompts
 from tiltflow.demo.scenes import draw_scene, sample_scene
 from tiltflow.demo.vocabulary import COLORS, NUMBERS, SHAPES
-from tiltflow.errors import DataError
 
 Kind = Literal["tie", "degraded"] | Flaw
 Pixels = NDArray[np.uint8]
@@ -65,12 +63,11 @@ class DrawnPreferences(PairSource):
         flipped = rng.random(options.pairs) < options.label_noise
         tie = np.array([kind == "tie" for kind in self.kinds])
         self.better: list[int] = better.tolist()  # which image is the right one, whatever the label says
-        self.truth = _labels(better, tie)  # [N, 2], without noise
         super().__init__(
             f"drawn pairs ({options.prompts})",
             _labels(np.where(flipped, 1 - better, better), tie),
-            np.ones(options.pairs, dtype=np.bool_),
-            [line["prompt"] for line in self.lines],
+            labelled=np.ones(options.pairs, dtype=np.bool_),
+            prompts=[line["prompt"] for line in self.lines],
         )
 
     def images(self, place: int) -> tuple[Tensor, Tensor]:
@@ -141,45 +138,6 @@ def degrade(image: Pixels, rng: np.random.Generator) -> Pixels:
             Image.fromarray(image).save(buffer, format="JPEG", quality=int(rng.integers(3, 13)))
             with Image.open(buffer) as file:
                 return np.array(file.convert("RGB"))
-
-
-def write_pairs(source: PairSource, path: Path, *, places: Sequence[int] | None = None) -> None:
-    """Write pairs as Parquet in Pick-a-Pic's columns, images as PNG, so that no pixel changes.
-
-    Raises:
-        DataError: The package pyarrow is missing.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"a .parquet file needs the package pyarrow, which is not installed ({error}); install it with: "
-            "pip install 'tiltflow[parquet]'"
-        ) from error
-    rows = [_row(source, place) for place in (range(len(source)) if places is None else places)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def _row(source: PairSource, place: int) -> dict[str, Any]:
-    first, second = (_png(image) for image in source.images(place))
-    label_0, label_1 = source.labels[place].tolist()
-    return {
-        "jpg_0": first,
-        "jpg_1": second,
-        "label_0": label_0,
-        "label_1": label_1,
-        "has_label": bool(source.labelled[place]),
-        "caption": source.prompts[place],
-    }
-
-
-def _png(image: Any) -> bytes:
-    if isinstance(image, bytes | Path):
-        return image if isinstance(image, bytes) else image.read_bytes()
-    buffer = io.BytesIO()
-    Image.fromarray(image.numpy()).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _spoil(line: Metadata, kind: Kind, rng: np.random.Generator) -> Metadata:

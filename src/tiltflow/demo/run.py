@@ -1,7 +1,6 @@
 """`make demo`: tilt the embedded model towards its prompts and show what changed."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from tiltflow.cli import main as cli_main
 from tiltflow.evaluation import EvaluationResult, compare_table, paired_difference
 from tiltflow.report import before_after_picture
+from tiltflow.runtime.tracking import read_jsonl
 
 CONFIG = "shapes_ram"
 
@@ -44,8 +44,7 @@ def summary(run_dir: Path) -> str:
 
 def train_seconds(run_dir: Path) -> float:
     """Return the seconds that all epochs of a run took, without evaluation."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return sum(row.get("seconds/epoch", 0.0) for row in rows)
+    return sum(row.get("seconds/epoch", 0.0) for row in read_jsonl(run_dir / "metrics.jsonl"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.demo.vocabulary import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, Color, Relation, Shape
+from tiltflow.demo.vocabulary import BACKGROUND, COLORS, IMAGE_SIZE, Color, Relation, Shape
 
 SUPERSAMPLING: Final = 4
 BORDER: Final = 1.5  # pixels kept free at the image edge
@@ -109,13 +109,6 @@ def sample_scene(metadata: Mapping[str, Any], rng: np.random.Generator) -> list[
         if layout is not None:
             return [SceneObject(shape, color, *place) for (shape, color), place in zip(kinds, layout, strict=True)]
     raise ValueError(f"no room for {len(kinds)} objects: {metadata.get('prompt', metadata)!r}")
-
-
-def random_scene(rng: np.random.Generator, *, count: int | None = None) -> list[SceneObject]:
-    """Sample 1-4 objects of random shapes and colours, placed without overlap."""
-    count = count or int(rng.integers(1, 5))
-    include = [{"class": SHAPES[int(rng.integers(len(SHAPES)))], "count": 1} for _ in range(count)]
-    return sample_scene({"include": include}, rng)
 
 
 def _place(count: int, relation: Relation | None, rng: np.random.Generator) -> list[tuple[float, float, float]] | None:

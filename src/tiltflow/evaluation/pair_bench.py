@@ -6,7 +6,6 @@ model scores without one, what calling every pair a tie scores, and what chance 
 The 95% intervals are Wilson's where every pair has a prompt of its own; else whole prompts are resampled.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiltflow.errors import DataError
-from tiltflow.evaluation.reward_bench import aligned
-from tiltflow.evaluation.statistics import Estimate, estimate, mean_of_independent
+from tiltflow.evaluation.statistics import estimate
 from tiltflow.reward_training.thresholds import (
     THRESHOLDS,
     Floats,
     agreements,
-    evaluate_with_ties,
+    choose_threshold,
     label_ties,
     probabilities,
     random_baseline,
     threshold_accuracies,
     tie_scores,
 )
-from tiltflow.runtime.intervals import wilson
+from tiltflow.runtime.intervals import Estimate, mean_of_independent, wilson
+from tiltflow.runtime.plain import plain
+from tiltflow.runtime.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def pair_bench(tests: Mapping[str, PairRewards], validation: PairRewards | None 
     if validation is None:
         return PairBench(None, None, {name: SetScores.of(rewards.finite, None) for name, rewards in tests.items()})
     held = validation.finite
-    threshold = evaluate_with_ties(held.probs, held.labels, held.probs, held.labels).threshold
+    threshold = choose_threshold(held.probs, held.labels)
     scored = {name: SetScores.of(rewards.finite, threshold) for name, rewards in tests.items()}
     return PairBench(threshold, SetScores.of(held, threshold), scored)
 
@@ -152,8 +152,7 @@ def told(each: Estimate | None, name: str = "accuracy") -> dict[str, float | int
     """Return a rate under a name as JSON has it; NaN, which JSON has not, is None."""
     if each is None:
         return None
-    ends = {name: each.value, "low": each.low, "high": each.high}
-    return {**{name: None if math.isnan(value) else value for name, value in ends.items()}, "pairs": each.count}
+    return plain({name: each.value, "low": each.low, "high": each.high, "pairs": each.count})
 
 
 def _row(name: str, each: SetScores) -> tuple[str, ...]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from tiltflow.errors import DataError
-from tiltflow.evaluation.statistics import Estimate, mean_of_independent, weighted_mean
+from tiltflow.evaluation.statistics import weighted_mean
+from tiltflow.runtime.intervals import Estimate, mean_of_independent
+from tiltflow.runtime.tables import aligned
 
 MATH: Final = "math-prm"
 CODE: Final = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))
@@ -116,12 +118,6 @@ def accuracy_table(found: Accuracies) -> str:
         rows += [_row(name, each) for name, each in found.sections.items()]
     rows += [("", "", ""), _row("overall", found.overall)]
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of as many cells each as lines of plain text whose columns stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _row(name: str, each: Estimate) -> tuple[str, str, str]:

@@ -6,36 +6,18 @@ The images of one prompt resemble each other, so whole prompts are resampled (th
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiltflow.runtime.intervals import wilson
+from tiltflow.runtime.intervals import Estimate, wilson
 
 RESAMPLES: Final = 2000
 _SEED: Final = 20_240_607
 _AT_ONCE: Final = 100  # resamplings
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95% interval; `low` and `high` are NaN where there is none, as for a plain count.
-
-    Example: `Estimate(value=0.52, low=0.45, high=0.58, count=240)`.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int  # images, or pairs, behind the value
-
-    def __str__(self) -> str:
-        interval = f" [{self.low:.3f}, {self.high:.3f}]" if math.isfinite(self.low) else ""
-        return f"{self.value:.3f}{interval}" if interval or not float(self.value).is_integer() else f"{self.value:.0f}"
 
 
 def estimate(values: Sequence[float] | Floats, clusters: Sequence[int] | NDArray[Any]) -> Estimate:
@@ -50,17 +32,6 @@ def estimate(values: Sequence[float] | Floats, clusters: Sequence[int] | NDArray
         clusters: The prompt that each image belongs to, N.
     """
     return estimate_stratified(values, clusters, np.zeros(len(values), dtype=np.int64))
-
-
-def mean_of_independent(scores: Sequence[float] | Floats) -> Estimate:
-    """Return the mean of scores from 0 to 1 with its 95% Wilson interval, which takes each for independent.
-
-    Args:
-        scores: One per case, N; whether 0 or 1 or between. None at all: the mean is NaN.
-    """
-    array = np.asarray(scores, dtype=np.float64)
-    value = float(array.mean()) if len(array) else math.nan
-    return Estimate(value, *wilson(value, len(array)), len(array))
 
 
 def weighted_mean(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:

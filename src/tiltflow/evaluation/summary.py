@@ -12,6 +12,7 @@ from tiltflow.errors import DataError
 from tiltflow.evaluation.results import EvaluationResult, EvaluationRow
 from tiltflow.evaluation.statistics import Estimate, Floats, estimate_known, estimate_stratified
 from tiltflow.rewards.geneval import TAGS
+from tiltflow.runtime.tables import aligned
 
 # What a reward tells when it judges as GenEval does.
 _TAGGED: Final = frozenset({"tag", "correct", "strict", "partial"})
@@ -71,9 +72,8 @@ def compare_table(results: Sequence[EvaluationResult]) -> str:
     lines = [["", *(result.name for result in results)]]
     for key in keys:
         lines.append([key, *(str(result.summary[key]) if key in result.summary else "-" for result in results)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(results) + 1)]
-    padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([padded[0].rstrip(), "  ".join("-" * width for width in widths), *map(str.rstrip, padded[1:])])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return aligned([lines[0], ["-" * width for width in widths], *lines[1:]])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tiltflow.errors import ConfigError
 from tiltflow.flow.steps import sigma_schedule
 from tiltflow.policies.base import Policy
 from tiltflow.policies.parameters import PolicyWeights
-from tiltflow.types import Conditioning, Config
+from tiltflow.types import DTYPES, Conditioning, Config
 
 # The eight attention maps of every joint block that all published recipes for SD3.5 train.
 ATTENTION_TARGETS = (
@@ -29,8 +29,6 @@ ATTENTION_TARGETS = (
     "attn.to_v",
     "attn.to_out.0",
 )
-LORA_FILE = "pytorch_lora_weights.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 

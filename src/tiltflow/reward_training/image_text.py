@@ -18,15 +18,10 @@ from tiltflow.scorers.clip_backbone import ClipBackbone
 from tiltflow.scorers.clip_loading import load_clip_folder
 from tiltflow.scorers.clip_new import save_clip
 from tiltflow.scorers.preprocess import clip_preprocess_levels
-from tiltflow.types import Config
+from tiltflow.types import DTYPES, Config
 
 Levels = Tensor | Sequence[Tensor]  # [B, H, W, 3], or B tensors [H, W, 3] of any sizes; in [0, 255], float or uint8
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: Final[dict[Precision, torch.dtype]] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 # What a batch's totals are made of, in the order in which `_totals` adds them up.
 SUMS: Final = (
     "weight",

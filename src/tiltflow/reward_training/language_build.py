@@ -22,8 +22,8 @@ from tiltflow.reward_training.language_config import (
 )
 from tiltflow.reward_training.language_data import PairExamples, RatingExamples, Tokenizing
 from tiltflow.scorers import LanguageRewardModel
-from tiltflow.scorers.language_head import DTYPES
 from tiltflow.scorers.language_text import check_length
+from tiltflow.types import DTYPES
 
 
 class _DataSet:

@@ -16,38 +16,22 @@ from tiltflow.data.image_preferences import LABEL_TIE
 from tiltflow.errors import DataError
 from tiltflow.reward_training.base import Examples
 from tiltflow.reward_training.image_text import CLIPRewardModel
-from tiltflow.runtime.intervals import wilson
+from tiltflow.runtime.intervals import Estimate, mean_of_independent
 
 Floats = NDArray[np.float64]
 THRESHOLDS: Final = tuple(step / 10 for step in range(11))
 
 
 @dataclass(frozen=True)
-class Rate:
-    """A mean of scores from 0 to 1 with its 95% Wilson interval, which takes the pairs for independent.
-
-    Example: `Rate(value=0.85, low=0.79, high=0.9, count=160)`.
-    """
-
-    value: float  # NaN for a count of 0
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
 class TieEvaluation:
     """The outcome of the threshold protocol.
 
-    Example: `TieEvaluation(0.3, Rate(0.82, ...), Rate(0.85, ...), random_baseline=0.54)`.
+    Example: `TieEvaluation(0.3, Estimate(0.82, ...), Estimate(0.85, ...), random_baseline=0.54)`.
     """
 
     threshold: float
-    validation: Rate
-    test: Rate
+    validation: Estimate  # with Wilson's interval, which takes the pairs for independent
+    test: Estimate
     random_baseline: float  # what coin flips score on the test set with this threshold
 
 
@@ -95,6 +79,15 @@ def threshold_accuracies(probs: ArrayLike, labels: ArrayLike, thresholds: Sequen
     return np.array([tie_scores(probs, labels, threshold).mean() for threshold in thresholds])
 
 
+def choose_threshold(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Return which of `THRESHOLDS` scores best, the first of them if several do.
+
+    Raises:
+        DataError: The shapes do not fit, there is no pair, or a number is not finite.
+    """
+    return THRESHOLDS[int(np.argmax(threshold_accuracies(probs, labels)))]
+
+
 def random_baseline(labels: ArrayLike, thresholds: Sequence[float] = THRESHOLDS) -> Floats:
     """Return what a model scores whose probability is drawn evenly from [0, 1], for each threshold, `[T]`.
 
@@ -105,9 +98,9 @@ def random_baseline(labels: ArrayLike, thresholds: Sequence[float] = THRESHOLDS)
 
 
 def evaluate_with_ties(
-    val_probs: ArrayLike, val_labels: ArrayLike, test_probs: ArrayLike, test_labels: ArrayLike
+    val_probs: ArrayLike, val_labels: ArrayLike, *, test_probs: ArrayLike, test_labels: ArrayLike
 ) -> TieEvaluation:
-    """Choose the threshold on validation pairs (the first of the best) and report the test pairs with it.
+    """Choose the threshold on validation pairs and report the test pairs with it.
 
     Args:
         val_probs: `[N, 2]`.
@@ -120,25 +113,13 @@ def evaluate_with_ties(
 
     Source: PickScore (arXiv 2305.01569, section 4) and the evaluations published with it and with NeMo-Aligner.
     """
-    accuracies = threshold_accuracies(val_probs, val_labels)
-    best = int(np.argmax(accuracies))
-    threshold = THRESHOLDS[best]
+    threshold = choose_threshold(val_probs, val_labels)
     return TieEvaluation(
         threshold,
-        _rate(tie_scores(val_probs, val_labels, threshold)),
-        _rate(tie_scores(test_probs, test_labels, threshold)),
+        mean_of_independent(tie_scores(val_probs, val_labels, threshold)),
+        mean_of_independent(tie_scores(test_probs, test_labels, threshold)),
         float(random_baseline(test_labels, [threshold])[0]),
     )
-
-
-def preference_accuracy(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) -> Rate:
-    """Return how often the preferred image has the higher reward; ties do not count, equal rewards are wrong.
-
-    Raises:
-        DataError: A number is not finite.
-    """
-    right, decided = agreements(rewards_0, rewards_1, labels)
-    return _rate(right[decided])
 
 
 def agreements(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
@@ -149,9 +130,8 @@ def agreements(rewards_0: ArrayLike, rewards_1: ArrayLike, labels: ArrayLike) ->
     """
     difference = _finite("rewards_0", rewards_0) - _finite("rewards_1", rewards_1)
     given = _finite("labels", labels)
-    decided = given.max(axis=1) > 0.5 if len(given) else np.zeros(0, dtype=np.bool_)
     right = np.where(given[:, 0] > given[:, 1], difference > 0, difference < 0)
-    return right.astype(np.float64), decided
+    return right.astype(np.float64), ~label_ties(given)
 
 
 def pair_rewards(model: CLIPRewardModel, pairs: Examples, *, batch_size: int = 64) -> tuple[Floats, Floats, Floats]:
@@ -183,9 +163,3 @@ def _finite(name: str, values: ArrayLike) -> Floats:
         more = f", as at {len(wrong) - 1} more places" if len(wrong) > 1 else ""
         raise DataError(f"{name}[{wrong[0]}] is {array[wrong[0]]}{more}: rewards and labels must be finite numbers")
     return array
-
-
-def _rate(scores: Floats) -> Rate:
-    count = len(scores)
-    value = float(scores.mean()) if count else float("nan")
-    return Rate(value, *wilson(value, count), count)

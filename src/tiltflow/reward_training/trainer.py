@@ -98,9 +98,8 @@ class RewardTrainer:
         metrics: dict[str, float] = {}
         for name, prefix in validation_prefixes(self.validation).items():
             status(prefix)
-            self.found.get(
-                f"validation {name}", {}
-            ).clear()  # found again, or something else, if the set is another since a resume
+            # Found again, or something else, if the set is another since a resume.
+            self.found.get(f"validation {name}", {}).clear()
             self.model.prepare_for_validation_step()
             with torch.no_grad():
                 found = self.model.metrics(self._measure(self.validation[name]))

@@ -11,14 +11,12 @@ import torch
 from pydantic import Field, SecretStr, field_serializer
 from torch import Tensor
 
-from tiltflow.types import Config, Prompt
+from tiltflow.types import DTYPES, Config, Prompt
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 
-FIELDS = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
 PROVIDED_FIELDS = ("prompt", "image", "metadata")  # those that samples made from prompts have
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class RewardArguments(Config):
@@ -155,9 +153,14 @@ class GroupwiseRewardModel(RewardModel):
     """Scores all samples of one prompt together; called with one whole group and batches by itself."""
 
 
+def auto_device() -> str:
+    """Return where what names no device computes: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _device(name: str, accelerator: "Accelerator | None") -> torch.device:
     if accelerator is not None and name in ("auto", accelerator.device.type):
         return accelerator.device  # with its index: worker threads would take the first GPU otherwise
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = auto_device()
     return torch.device(name)

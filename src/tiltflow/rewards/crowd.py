@@ -48,9 +48,8 @@ def do_all(work: Callable[[S], T], items: Sequence[S], *, at_once: int) -> Done[
                 done.results[place] = work(items[place])
             except Exception as error:  # a failure is a value: it is kept for the item it belongs to
                 failure = error
-            except (
-                BaseException
-            ) as error:  # such as a library's sys.exit: it would end the thread, and nobody would know
+            except BaseException as error:
+                # Such as a library's sys.exit: it would end the thread, and nobody would know.
                 failure = RuntimeError(f"{type(error).__name__}: {error}")
             else:
                 continue

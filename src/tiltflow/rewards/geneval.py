@@ -101,26 +101,6 @@ def colored_classes(metadata: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(clause.label for clause in _clauses(metadata, "include") if clause.color is not None)
 
 
-def tag_accuracies(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
-    """Return the share of correct images for each tag that occurs, in the order of `TAGS`.
-
-    Raises:
-        DataError, ValueError: If a tag is unknown; if the two sequences differ in length.
-    """
-    if len(tags) != len(correct):
-        raise ValueError(f"tags has {len(tags)} entries and correct has {len(correct)}; give one of each per image")
-    images = Counter(_known_tag(tag) for tag in tags)
-    hits = Counter(tag for tag, right in zip(tags, correct, strict=True) if right)
-    return {tag: hits[tag] / images[tag] for tag in TAGS if images[tag]}
-
-
-def overall(accuracies: Mapping[str, float]) -> float:
-    """Return the GenEval score: the unweighted mean over the tags present, so that rare tags count as much."""
-    if not accuracies:
-        raise ValueError("accuracies is empty; score at least one image")
-    return math.fsum(accuracies.values()) / len(accuracies)
-
-
 @dataclass(frozen=True)
 class _Clause:
     label: str

@@ -156,4 +156,4 @@ def _pair(value: Mapping[str, Any], scorer: LanguageRewardModel) -> Text:
     prompt, response = text_field(value, "prompt"), text_field(value, "response")
     if isinstance(prompt, str) and isinstance(response, str):
         return scorer.pair(prompt, response)
-    return prompted(value, "response", True)
+    return prompted(value, "response", as_conversation=True)

@@ -11,7 +11,6 @@ from pydantic import SecretStr, ValidationError
 
 from tiltflow.errors import RewardError, TiltflowError
 from tiltflow.rewards.base import (
-    FIELDS,
     PROVIDED_FIELDS,
     GroupwiseRewardModel,
     PointwiseRewardModel,
@@ -19,6 +18,7 @@ from tiltflow.rewards.base import (
     RewardModel,
 )
 from tiltflow.rewards.secrets import STARS, sealed, secret_names, starred
+from tiltflow.serving.wire import FIELDS
 from tiltflow.types import Config, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class" in their config instead.

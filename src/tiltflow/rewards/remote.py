@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import (
-    FIELDS,
     GroupwiseRewardModel,
     PointwiseRewardModel,
     RewardArguments,
@@ -68,7 +67,7 @@ class RemoteOptions(Config):
     @classmethod
     def _something(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
-            raise ValueError(f"name what the server needs, of: {', '.join(FIELDS)}")
+            raise ValueError(f"name what the server needs, of: {', '.join(wire.FIELDS)}")
         return names
 
     @field_validator("token_env")
@@ -161,7 +160,8 @@ class RemoteRewardModel(RewardModel):
         Raises:
             RemoteRewardError: The servers refused or failed the one request that the call took.
         """
-        given = dict(zip(FIELDS, (prompt, image, video, condition_images, condition_videos, metadata), strict=True))
+        columns = (prompt, image, video, condition_images, condition_videos, metadata)
+        given = dict(zip(wire.FIELDS, columns, strict=True))
         fields = {name: values for name, values in given.items() if values is not None}
         packed = self._pack(fields)
         count = len(next(iter(fields.values()), ()))
@@ -231,7 +231,7 @@ class RemoteRewardModel(RewardModel):
             )
         absent = [name for name in first.required_fields if name not in self.required_fields]
         if absent:
-            fields = [name for name in FIELDS if name in {*first.required_fields, *self.required_fields}]
+            fields = [name for name in wire.FIELDS if name in {*first.required_fields, *self.required_fields}]
             raise RewardError(
                 f"reward {self.config.name!r}: {first.name!r} at {first_url} requires {absent[0]!r}; write "
                 f"required_fields: [{', '.join(fields)}]"

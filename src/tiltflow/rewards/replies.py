@@ -179,9 +179,8 @@ class DiskReplies:
         if entry.key != key:
             self._warn(f"{path} holds the reply to another request and is ignored; the judge is asked again")
             return None
-        with contextlib.suppress(
-            OSError
-        ):  # another process removed it, or it is another user's: it was read all the same
+        # Another process may have removed it, or it is another user's: it was read all the same.
+        with contextlib.suppress(OSError):
             os.utime(path)  # used just now: the last to be removed
         return entry.reply
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tiltflow.errors import RewardError
-from tiltflow.scorers.language_head import DTYPES, RewardHead
+from tiltflow.scorers.language_head import RewardHead
 from tiltflow.scorers.language_loading import load_classifier, save_classifier, unread_token, write_head
 from tiltflow.scorers.language_lora import LoraSettings, add_lora, has_lora, save_lora, without_lora
 from tiltflow.scorers.language_text import Message, Text, TextEncoder
 from tiltflow.scorers.length_buckets import length_buckets, pad_rows, token_batches
+from tiltflow.types import DTYPES
 
 SCORING_TOKENS = 16_384  # that one call of the network gets, padding included
 
@@ -208,19 +209,6 @@ class LanguageRewardModel(nn.Module):
             ids, lengths = self.pad([rows[place] for place in places])
             found[places] = self(ids.to(self.device), lengths.to(self.device))
         return found
-
-    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the scores of a padded batch, float32 `[B]` or `[B, A]`, with gradient to the weights.
-
-        Args:
-            input_ids: `[B, S]`, padded on either side.
-            attention_mask: 1 for real tokens, 0 for padding, `[B, S]`.
-
-        Raises:
-            RewardError: A row has no real token.
-        """
-        ids, lengths, _ = _to_the_left(input_ids, attention_mask)
-        return self.merged(self(ids, lengths))
 
     def score_sequence(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return a score for every token, attributes merged, float32 `[B, S]`; 0 where there is padding.

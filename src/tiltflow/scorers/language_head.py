@@ -10,8 +10,6 @@ from torch import Tensor
 from tiltflow.errors import ConfigError
 from tiltflow.types import Config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class RewardHead(Config):
     """What the head gives and reads; kept under `reward_head` in the `config.json` of the model's folder."""

@@ -16,8 +16,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.checkpoints import WeightsFolder
-from tiltflow.scorers.language_head import DTYPES, RewardHead
+from tiltflow.scorers.language_head import RewardHead
 from tiltflow.scorers.language_lora import ADAPTER_FILE, load_lora, plain_state, without_lora
+from tiltflow.types import DTYPES
 
 HEAD_KEY: Final = "reward_head"  # in config.json
 HEAD_FILE: Final = "reward_head.json"  # beside an adapter

@@ -1,6 +1,9 @@
 """What the serving room counts; whoever keeps the numbers implements `Metrics`."""
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
+
+State: TypeAlias = Literal["LOADING", "READY", "FAILED", "DRAINING"]
+Shed: TypeAlias = Literal["queue_full", "too_slow"]  # why a submission was turned away
 
 
 class Metrics(Protocol):
@@ -22,16 +25,16 @@ class Metrics(Protocol):
         """Count a worker process that replaces one that died or hung."""
         ...
 
-    def shed(self, model: str, reason: str) -> None:
-        """Count a submission that was turned away; `reason` is `queue_full` or `too_slow`."""
+    def shed(self, model: str, reason: Shed) -> None:
+        """Count a submission that was turned away."""
         ...
 
     def nonfinite(self, model: str) -> None:
         """Count one score that was NaN or infinite."""
         ...
 
-    def state(self, model: str, state: str) -> None:
-        """Note that the model is now LOADING, READY, FAILED or DRAINING."""
+    def state(self, model: str, state: State) -> None:
+        """Note what the model is now."""
         ...
 
 
@@ -50,11 +53,11 @@ class NoMetrics:
     def restart(self, model: str) -> None:
         """See `Metrics.restart`."""
 
-    def shed(self, model: str, reason: str) -> None:
+    def shed(self, model: str, reason: Shed) -> None:
         """See `Metrics.shed`."""
 
     def nonfinite(self, model: str) -> None:
         """See `Metrics.nonfinite`."""
 
-    def state(self, model: str, state: str) -> None:
+    def state(self, model: str, state: State) -> None:
         """See `Metrics.state`."""

@@ -3,21 +3,17 @@
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
 
 from tiltflow.serving.batcher import Entry, Pace, Queue, Unit, batches_until
 from tiltflow.serving.jobs import Sample, Scored, ScorerSource
 from tiltflow.serving.lane import Lane
-from tiltflow.serving.metrics import Metrics, NoMetrics
+from tiltflow.serving.metrics import Metrics, NoMetrics, State
 from tiltflow.serving.suspects import Suspects
 from tiltflow.serving.wire import Limits, ModelInfo, WireError
 
-State: TypeAlias = Literal["LOADING", "READY", "FAILED", "DRAINING"]
-
-BATCH_PIXELS = (
-    64 * 2**20
-)  # of one call, where nothing else is said: 64 pictures of 1024 x 1024, or one video of 81 frames
-BATCH_TOKENS = 65_536  # of one call, likewise: four prompts of the largest size
+# Of one call, where nothing else is said.
+BATCH_PIXELS = 64 * 2**20  # 64 pictures of 1024 x 1024, or one video of 81 frames
+BATCH_TOKENS = 65_536  # four prompts of the largest size
 RETRY_MS = 1000  # until a client asks again, where nothing better is known
 EXIT_SECONDS = 2.0  # for a worker process to end by itself
 LOAD_SECONDS = 1800.0  # for a model to be made; large ones come over slow disks

@@ -89,10 +89,7 @@ def decode(data: bytes, *, limits: Limits, budget: Budget, param: str) -> NDArra
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:  # this one where warnings are errors
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning may be an error, too
         raise WireError("invalid_item", f"{param}: {error}", param=param) from error
     except Exception as error:  # the readers of the formats stumble over damage in ways of their own
         raise _failure(param, f"no PNG, JPEG or WebP picture ({_reason(error)})") from error

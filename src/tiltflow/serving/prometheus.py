@@ -6,8 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, Protocol, get_args
 
-from tiltflow.serving.metrics import Metrics, NoMetrics
-from tiltflow.serving.models import State
+from tiltflow.serving.metrics import Metrics, NoMetrics, Shed, State
 from tiltflow.serving.wire import WireError
 
 _SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -93,7 +92,7 @@ class PrometheusMetrics:
         """See `Metrics.restart`."""
         self._series(self._restarts, model).inc()
 
-    def shed(self, model: str, reason: str) -> None:
+    def shed(self, model: str, reason: Shed) -> None:
         """See `Metrics.shed`."""
         self._series(self._shed, model, reason).inc()
 
@@ -101,7 +100,7 @@ class PrometheusMetrics:
         """See `Metrics.nonfinite`."""
         self._series(self._nonfinite, model).inc()
 
-    def state(self, model: str, state: str) -> None:
+    def state(self, model: str, state: State) -> None:
         """See `Metrics.state`."""
         for each in get_args(State):
             self._series(self._state, model, each).set(each == state)

@@ -164,7 +164,7 @@ def run_on_ray(specs: Sequence[ModelSpec], settings: ServerSettings, scaling: Ra
         try:
             _connect(ray, scaling)
             quietly()  # Ray has put handlers of its own in their place
-            _deploy(ray, serve, specs, settings, scaling)
+            _deploy(serve, specs, settings, scaling)
             _watch(ray, serve)
         finally:
             for number in SIGNALS:  # a second one interrupts nothing: the orderly end takes a bounded time
@@ -211,7 +211,7 @@ def _connect(ray: Any, scaling: RaySettings) -> None:
             )
 
 
-def _deploy(ray: Any, serve: Any, specs: Sequence[ModelSpec], settings: ServerSettings, scaling: RaySettings) -> None:
+def _deploy(serve: Any, specs: Sequence[ModelSpec], settings: ServerSettings, scaling: RaySettings) -> None:
     """Deploy the application and wait until its first replicas are ready.
 
     Raises:

@@ -27,7 +27,7 @@ from PIL import Image
 from tiltflow.errors import ConfigError
 from tiltflow.serving.jobs import Sample, ScorerSource
 from tiltflow.serving.settings import ServerSettings
-from tiltflow.serving.wire import Limits, ModelInfo, Pixels, WireError
+from tiltflow.serving.wire import FIELDS, Limits, ModelInfo, Pixels, WireError
 
 IMPORTED_MAIN: Final = "__mp_main__"  # what multiprocessing calls the main file in a process that it has started
 _FIELD_OF: Final = {  # argument of compute_reward -> field of a sample
@@ -37,7 +37,6 @@ _FIELD_OF: Final = {  # argument of compute_reward -> field of a sample
     "condition_videos": "condition_videos",
     "metadata": "metadata",
 }
-FIELDS: Final = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
 
 
 class RewardServer(ABC):

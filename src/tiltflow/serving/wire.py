@@ -27,6 +27,9 @@ JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
 REQUEST: Final = "request"  # the name of the JSON in safetensors metadata and in multipart bodies
 
+# What a reward can be given of a sample.
+FIELDS: Final = ("prompt", "image", "video", "condition_images", "condition_videos", "metadata")
+
 DEADLINE_HEADER: Final = "X-Request-Timeout-Ms"  # milliseconds that the client will still wait
 KEY_HEADER: Final = "Idempotency-Key"
 ID_HEADER: Final = "X-Request-Id"

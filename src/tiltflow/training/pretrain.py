@@ -78,9 +78,8 @@ class PretrainConfig(Config):
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    long_context_every: int = Field(
-        default=20, ge=0
-    )  # every so many steps a quarter batch sees the stock pipeline's 256 silent T5 tokens
+    # Every so many steps a quarter batch sees the stock pipeline's 256 silent T5 tokens.
+    long_context_every: int = Field(default=20, ge=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     pool_size: int = Field(default=80_000, ge=1)
     bf16: bool = True
