@@ -316,18 +316,28 @@ def test_a_reward_that_fails_late_in_an_evaluation_leaves_nothing(
     assert not (tmp_path / "results").exists()
 
 
+IN_THE_ROLLOUT = {"reward_model": "tests.rewards_for_tests.BreaksAfterFour", "async_reward": True, "batch_size": 2}
+
+
 @pytest.mark.parametrize(
-    ("on_error", "message"), [("mask", "failed on 100% of the epoch's samples"), ("raise", "the judge went home")]
+    ("reward", "message"),
+    [
+        ({"on_error": "mask"}, "failed on 100% of the epoch's samples"),
+        ({"on_error": "raise"}, "the judge went home"),
+        (IN_THE_ROLLOUT, "the judge went home"),
+        ({**IN_THE_ROLLOUT, "on_error": "mask"}, "failed on 100% of the epoch's samples"),
+    ],
+    ids=["mask", "raise", "async raise", "async mask"],
 )
 def test_a_run_whose_rewards_fail_keeps_what_it_learnt(
-    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], on_error: str, message: str
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: dict[str, Any], message: str
 ) -> None:
     """The reward fails from the second epoch of each process on; checkpoints are due much later."""
     values = run_values(
         random_sd3,
         tmp_path / "out",
         train={"epochs": 6, "save_every": 50},
-        rewards=[{"name": "mine", "reward_model": "tests.rewards_for_tests.BreaksLater", "on_error": on_error}],
+        rewards=[{"name": "mine", "reward_model": "tests.rewards_for_tests.BreaksLater", **reward}],
         eval_rewards=[{"name": "other", "reward_model": "tests.rewards_for_tests.Brightness"}],
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
@@ -339,6 +349,25 @@ def test_a_run_whose_rewards_fail_keeps_what_it_learnt(
         assert (tmp_path / "out" / "latest").resolve().name == f"epoch_{epoch:06d}"
 
 
+def test_a_run_whose_evaluation_fails_keeps_what_it_learnt(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The held-out reward fails in the second evaluation of each process; checkpoints are due much later."""
+    values = run_values(
+        random_sd3,
+        tmp_path / "out",
+        train={"epochs": 6, "save_every": 50, "evaluate_every": 2},
+        eval_rewards=[{"name": "other", "reward_model": "tests.rewards_for_tests.BreaksLater"}],
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    for epoch in (2, 4):
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert f"evaluation 'epoch_{epoch:06d}': reward 'other' failed" in told and "the judge went home" in told
+        assert told.endswith(f"; the weights after epoch {epoch} are saved in {tmp_path / 'out'}")
+        assert (tmp_path / "out" / "latest").resolve().name == f"epoch_{epoch:06d}"
+
+
 def test_a_run_whose_rewards_fail_at_once_claims_no_checkpoint(
     random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,7 +375,7 @@ def test_a_run_whose_rewards_fail_at_once_claims_no_checkpoint(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values(random_sd3, tmp_path / "out", rewards=reward)))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("mend the reward and run again; no epoch was finished before this one")
+    assert told.endswith("mend the reward and run again; no epoch was finished before")
     assert list((tmp_path / "out").glob("epoch_*")) == []
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from tiltflow.algorithms import Snapshot
 from tiltflow.commands.build import described
 from tiltflow.config import RunConfig
+from tiltflow.errors import RewardOutage, TiltflowError
 from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate, held_out
 from tiltflow.rewards import RewardEngine
 from tiltflow.runtime.files import remove
@@ -126,6 +127,9 @@ class Evaluator:
 
         Returns:
             The result on the main process, None on the others.
+
+        Raises:
+            RewardOutage: A reward failed that must not, on all processes alike.
         """
         known: EvaluationResult | None = None
         with self._distributed.together():
@@ -135,23 +139,29 @@ class Evaluator:
                     self._log(known, epoch)
         if self._distributed.gather(known is not None)[0]:
             return known
-        policy = self._trainer.policy
-        with torch.no_grad(), policy.weights.using(snapshot):
-            result = evaluate(
-                policy,
-                self._engine,
-                self._prompts,
-                config=self._run.evaluation,
-                name=name,
-                distributed=self._distributed,
-                progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
-            )
+        result = self._measured(name, snapshot, status)
         with self._distributed.together():
             if self._distributed.is_main:
                 result = replace(result, settings={**result.settings, **self._settings(epoch)})
                 result.save(self._directory)
                 self._log(result, epoch)
         return result if self._distributed.is_main else None
+
+    def _measured(self, name: str, snapshot: Snapshot, status: Callable[[str], None]) -> EvaluationResult:
+        policy = self._trainer.policy
+        try:
+            with torch.no_grad(), policy.weights.using(snapshot):
+                return evaluate(
+                    policy,
+                    self._engine,
+                    self._prompts,
+                    config=self._run.evaluation,
+                    name=name,
+                    distributed=self._distributed,
+                    progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
+                )
+        except TiltflowError as error:  # every rank has one: its own, or that another rank failed
+            raise RewardOutage(f"evaluation '{name}': {error}") from error
 
     def _log(self, result: EvaluationResult, epoch: int) -> None:
         values = {f"eval/{key}": estimate.value for key, estimate in result.summary.items()}

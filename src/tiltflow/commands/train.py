@@ -1,7 +1,8 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,16 @@ def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Pat
         if changed or not resumed:
             evaluator.forget(after=trainer.epoch)
         enabled = distributed.is_main and config.tracking.console
-        with ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
+        with (
+            ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar,
+            _saved_if_rewards_fail(trainer, config, store),
+        ):
             evaluator.once("before", "ref", epoch=0, status=bar.status)
             evaluator.recall(trainer.epoch)
             evaluator.if_due(trainer.epoch, status=bar.status)  # a kill may have come between save and evaluation
             bar.begin()
             while trainer.epoch < config.train.epochs and not evaluator.should_stop:
-                epoch = _run_epoch(trainer, config, store, bar)
+                epoch = trainer.run_epoch(trainer.epoch + 1, status=bar.status)
                 _after_epoch(epoch, trainer, config, store, trackers, bar)
                 evaluator.if_due(epoch.number, status=bar.status)
             _save_if_stopped(trainer, config, store)
@@ -85,18 +89,19 @@ def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Pat
             print(f"report: {write_report(run_dir)}")
 
 
-def _run_epoch(trainer: Trainer, config: RunConfig, store: CheckpointStore, bar: ProgressBar) -> Epoch:
-    """Run the next epoch; when its rewards fail, save what was learnt before it.
+@contextmanager
+def _saved_if_rewards_fail(trainer: Trainer, config: RunConfig, store: CheckpointStore) -> Iterator[None]:
+    """When rewards fail in an epoch or an evaluation, save what was learnt before.
 
     Raises:
         RewardOutage: They failed; says what is kept.
     """
     try:
-        return trainer.run_epoch(trainer.epoch + 1, status=bar.status)
+        yield
     except RewardOutage as error:
         _save_if_stopped(trainer, config, store)
         kept = f"the weights after epoch {trainer.epoch} are saved in {store.directory}" if trainer.epoch else ""
-        raise RewardOutage(f"{error}; {kept or 'no epoch was finished before this one'}") from error
+        raise RewardOutage(f"{error}; {kept or 'no epoch was finished before'}") from error
 
 
 def _save_if_stopped(trainer: Trainer, config: RunConfig, store: CheckpointStore) -> None:
