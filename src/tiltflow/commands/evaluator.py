@@ -12,6 +12,7 @@ from PIL import Image
 
 from tiltflow.algorithms import Snapshot
 from tiltflow.commands.build import described
+from tiltflow.commands.same_rewards import reward_classes, split_reward
 from tiltflow.config import RunConfig
 from tiltflow.errors import RewardOutage, TiltflowError
 from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate, held_out
@@ -188,7 +189,13 @@ class Evaluator:
         if not path.exists():
             return None
         found = EvaluationResult.load(path)
-        return found if self._settings(epoch).items() <= found.settings.items() else None
+        wanted, settings = self._comparable(self._settings(epoch)), self._comparable(found.settings)
+        return found if wanted.items() <= settings.items() else None
+
+    def _comparable(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a result without how its rewards were run."""
+        classes = reward_classes(self._engine.rewards)
+        return {**settings, "rewards": [split_reward(entry, classes)[0] for entry in settings.get("rewards", [])]}
 
 
 def training_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 from tiltflow.commands.build import CONFIG_FILE, build_engines, build_trainer
 from tiltflow.commands.evaluator import Evaluator
 from tiltflow.commands.run_folder import changed_keys, newest_checkpoint, start_trackers, warn
+from tiltflow.commands.same_rewards import Classes, reward_classes, split_reward, without_secrets
 from tiltflow.config import REWARD_KEYS, RunConfig, load_run_config, normalise_rewards
 from tiltflow.data import load_prompts
 from tiltflow.errors import RewardOutage
 from tiltflow.report import write_report
-from tiltflow.rewards import check_prompts, reward_class
-from tiltflow.rewards.secrets import secret_keys
+from tiltflow.rewards import check_prompts
 from tiltflow.runtime.checkpoint import CheckpointStore
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
@@ -133,31 +133,27 @@ def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distrib
 def changed_values(path: Path, config: RunConfig) -> list[str]:
     """Compare a run's saved config with the one it is resumed with, as `changed_keys` does.
 
-    Another secret makes no other run.
+    Another secret makes no other run, nor does another way of running the same reward.
     """
-    secrets = {
-        reward.reward_model: secret_keys(reward_class(reward.reward_model).Options)
-        for reward in (*config.rewards, *config.eval_rewards)
-    }
-    return changed_keys(path, config, IDENTITY, compared=partial(_without_secrets, secrets=secrets))
+    classes = reward_classes((*config.rewards, *config.eval_rewards))
+    return changed_keys(path, config, IDENTITY, compared=partial(_comparable, classes=classes))
 
 
-def _without_secrets(values: Mapping[str, Any], secrets: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """Return a config's values without the secrets of its rewards and the names of variables that hold them.
+def _comparable(values: Mapping[str, Any], classes: Classes) -> dict[str, Any]:
+    """Return a config's values without the secrets of its rewards, and apart from them how training runs its rewards.
 
     Args:
         values: Of a saved config.
-        secrets: `reward_model` -> the options that are left out.
+        classes: Those of the rewards.
     """
-    kept = dict(values)
-    for key in REWARD_KEYS:
-        entries: list[dict[str, Any]] = []
-        for entry in normalise_rewards(kept.get(key) or [], key=key):
-            names = secrets.get(entry["reward_model"], ())
-            options = {name: value for name, value in entry["options"].items() if name not in names}
-            entries.append({**entry, "options": options})
-        kept[key] = entries
-    return kept
+    rewards, measured = (normalise_rewards(values.get(key) or [], key=key) for key in REWARD_KEYS)
+    parts = [split_reward(entry, classes) for entry in rewards]
+    return {
+        **values,
+        "rewards": [what for what, _ in parts],
+        **{f"reward {what['name']!r}": how for what, how in parts},
+        "eval_rewards": [without_secrets(entry, classes) for entry in measured],
+    }
 
 
 def _after_epoch(
