@@ -130,6 +130,15 @@ class BreaksAfterFour(BreaksLater):
     lasts = 4
 
 
+class AwayWhile(Brightness):
+    """Answers only while a file is not there."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        if Path(os.environ["TILTFLOW_TEST_AWAY"]).exists():
+            raise ConnectionError("nobody answers")
+        return super().__call__(prompt, image=image)
+
+
 class CannotBeBuilt(Brightness):
     def __init__(self, config: Any, accelerator: Any = None):
         raise MemoryError("no room")

@@ -248,7 +248,12 @@ def test_a_held_out_reward_without_values_is_told_once(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert told == [
+    failed = "reward 'held' failed on 6 of 6 images; first reason: not finite: the reward is NaN or infinite"
+    names = ["before", *(f"epoch_{epoch:06d}" for epoch in (1, 2, 3)), "after"]
+    assert [line for line in told if "failed on" in line] == [
+        f"warning: evaluation '{name}': {failed}" for name in names
+    ]
+    assert [line for line in told if "failed on" not in line] == [
         "warning: epoch 1: held-out reward 'held' has no values to compare (not finite: the reward is NaN or "
         "infinite), so it cannot tell reward hacking; mend it"
     ]

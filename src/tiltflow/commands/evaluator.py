@@ -1,7 +1,6 @@
 """Evaluations of a run: before, in between and after, each once, watched for reward hacking."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 
 from tiltflow.algorithms import Snapshot
 from tiltflow.commands.build import described
+from tiltflow.commands.run_folder import warn
 from tiltflow.commands.same_rewards import reward_classes, split_reward
 from tiltflow.config import RunConfig
 from tiltflow.errors import RewardOutage, TiltflowError
@@ -74,7 +74,7 @@ class Evaluator:
         every = self._run.train.evaluate_every
         if every is not None and self._distributed.is_main:
             for earlier in range(every, epoch, every):
-                known = self._known(_name(earlier), earlier)
+                known = self._stored(_name(earlier), earlier)
                 if known is not None:
                     self._observe(known, earlier, quiet=True)
 
@@ -99,7 +99,7 @@ class Evaluator:
         rows = read_jsonl(self._directory.parent / METRICS_FILE)
         if self._watch.seen == 0:
             # What the policy was before training is told by the evaluation "before" and by the rollouts of epoch 1.
-            before, start = self._known("before", 0), self._training([row for row in rows if row["step"] == 1])
+            before, start = self._stored("before", 0), self._training([row for row in rows if row["step"] == 1])
             if before is not None and start:
                 self._watch.observe(before, start)
         window = [row for row in rows if epoch - every < row["step"] <= epoch]
@@ -107,10 +107,10 @@ class Evaluator:
         if quiet:
             return
         for sign in signs:
-            print(f"warning: epoch {epoch}: {sign}; this looks like reward hacking", file=sys.stderr)
+            warn(f"epoch {epoch}: {sign}; this looks like reward hacking")
         for name in [name for name in self._watch.mute if name not in self._told_mute]:
             self._told_mute.add(name)
-            print(f"warning: epoch {epoch}: {_mute_message(name, result)}", file=sys.stderr)
+            warn(f"epoch {epoch}: {_mute_message(name, result)}")
 
     def _training(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Return the means of the rewards that are trained on, turned so that training wants more of each."""
@@ -126,6 +126,8 @@ class Evaluator:
     ) -> EvaluationResult | None:
         """Evaluate a snapshot, shared by all processes, unless its result for this epoch is already there.
 
+        One in which a reward scored nothing, such as a judge that was away, is measured again.
+
         Returns:
             The result on the main process, None on the others.
 
@@ -135,7 +137,8 @@ class Evaluator:
         known: EvaluationResult | None = None
         with self._distributed.together():
             if self._distributed.is_main:
-                known = self._known(name, epoch)
+                known = self._stored(name, epoch)
+                known = None if known is not None and known.without_score() else known
                 if known is not None and not self._is_logged(epoch):
                     self._log(known, epoch)
         if self._distributed.gather(known is not None)[0]:
@@ -146,6 +149,8 @@ class Evaluator:
                 result = replace(result, settings={**result.settings, **self._settings(epoch)})
                 result.save(self._directory)
                 self._log(result, epoch)
+                for line in result.failure_lines():
+                    warn(f"evaluation {name!r}: {line}")
         return result if self._distributed.is_main else None
 
     def _measured(self, name: str, snapshot: Snapshot, status: Callable[[str], None]) -> EvaluationResult:
@@ -184,7 +189,7 @@ class Evaluator:
         measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)
         return {**self._run.evaluation.model_dump(mode="json"), **measured, "epoch": epoch}
 
-    def _known(self, name: str, epoch: int) -> EvaluationResult | None:
+    def _stored(self, name: str, epoch: int) -> EvaluationResult | None:
         path = self._directory / f"{name}.json"
         if not path.exists():
             return None
