@@ -16,7 +16,7 @@ from tiltflow.commands.same_rewards import reward_classes, split_reward
 from tiltflow.config import RunConfig
 from tiltflow.errors import RewardOutage, TiltflowError
 from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate, held_out
-from tiltflow.rewards import RewardEngine
+from tiltflow.rewards import GroupwiseRewardModel, RewardArguments, RewardEngine, reward_class
 from tiltflow.runtime.files import remove
 from tiltflow.runtime.tracking import TrackerGroup, read_jsonl
 from tiltflow.training.trainer import Trainer
@@ -53,8 +53,12 @@ class Evaluator:
         self.trackers = TrackerGroup([])  # told the `eval/` metrics and pictures
         every = config.train.evaluate_every or config.train.epochs
         self._held_out = held_out(engine.rewards, trainer.engine.rewards)
+        self._relative = [entry.name for entry in trainer.engine.rewards if entry.weight != 0 and _is_relative(entry)]
         self._watch = HackingWatch(
-            self._held_out, evaluations=(config.train.epochs - 1) // every, patience=config.train.early_stop
+            self._held_out,
+            evaluations=(config.train.epochs - 1) // every,
+            patience=config.train.early_stop,
+            relative=self._relative,
         )
         self._told_mute: set[str] = set()
         self.should_stop = False
@@ -100,7 +104,7 @@ class Evaluator:
         if self._watch.seen == 0:
             # What the policy was before training is told by the evaluation "before" and by the rollouts of epoch 1.
             before, start = self._stored("before", 0), self._training([row for row in rows if row["step"] == 1])
-            if before is not None and start:
+            if before is not None and (start or self._relative):
                 self._watch.observe(before, start)
         window = [row for row in rows if epoch - every < row["step"] <= epoch]
         signs = self._watch.observe(result, self._training(window))
@@ -113,8 +117,8 @@ class Evaluator:
             warn(f"epoch {epoch}: {_mute_message(name, result)}")
 
     def _training(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the means of the rewards that are trained on, turned so that training wants more of each."""
-        means = training_rewards(rows)
+        """Return the means of the rewards that are trained on and tell a rise, turned so that more is better."""
+        means = {name: mean for name, mean in training_rewards(rows).items() if name not in self._relative}
         entries = [entry for entry in self._trainer.engine.rewards if entry.weight != 0 and entry.name in means]
         return {
             entry.name if entry.weight > 0 else f"-{entry.name}": math.copysign(1, entry.weight) * means[entry.name]
@@ -212,6 +216,11 @@ def training_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if key.startswith(prefix) and key.endswith(suffix) and value is not None:
                 found.setdefault(key[len(prefix) : -len(suffix)], []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _is_relative(entry: RewardArguments) -> bool:
+    """Tell whether a reward compares the images of a prompt with each other, so that its mean cannot tell a rise."""
+    return issubclass(reward_class(entry.reward_model), GroupwiseRewardModel)
 
 
 def _mute_message(name: str, result: EvaluationResult) -> str:
