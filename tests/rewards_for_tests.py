@@ -114,12 +114,28 @@ class Broken(Brightness):
 class BreaksLater(Brightness):
     """Scores its first call and none after it."""
 
+    lasts = 1
     calls = 0
 
     def __call__(self, prompt, image=None, **media: Any):
         self.calls += 1
-        if self.calls > 1:
+        if self.calls > self.lasts:
             raise ValueError("the judge went home")
+        return super().__call__(prompt, image=image)
+
+
+class BreaksAfterFour(BreaksLater):
+    """Scores its first four calls."""
+
+    lasts = 4
+
+
+class AwayWhile(Brightness):
+    """Answers only while a file is not there."""
+
+    def __call__(self, prompt, image=None, **media: Any):
+        if Path(os.environ["TILTFLOW_TEST_AWAY"]).exists():
+            raise ConnectionError("nobody answers")
         return super().__call__(prompt, image=image)
 
 
@@ -133,6 +149,12 @@ class FailsOnTheSecondProcess(Brightness):
         if os.environ["RANK"] == "1":
             raise ValueError("the judge is out")
         return super().__call__(prompt, image=image)
+
+
+class BreaksLaterOnTheSecondProcess(BreaksLater):
+    def __call__(self, prompt, image=None, **media: Any):
+        scores = Brightness.__call__ if os.environ["RANK"] == "0" else BreaksLater.__call__
+        return scores(self, prompt, image=image, **media)
 
 
 class CannotBeBuiltOnTheSecondProcess(Brightness):

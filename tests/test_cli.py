@@ -376,9 +376,10 @@ def test_a_failing_reward_ends_the_run_and_leaves_nothing_half_written(
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.strip().split("\n")
-    assert line.startswith("tiltflow train: reward 'mine' failed on ")
+    assert line.startswith("tiltflow train: evaluation 'before': reward 'mine' failed on ")
     assert cause in line
-    assert line.endswith("set on_error: mask for this reward to leave such samples out instead")
+    remedy = "set on_error: mask for this reward to leave such samples out instead"
+    assert line.endswith(f"{remedy}; no epoch was finished before")
     run_dir = tmp_path / "out"
     left = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
     assert left <= {"config.yaml", "metrics.jsonl"}
@@ -392,6 +393,7 @@ def test_too_many_masked_failures_end_the_run(
     entry = {"name": "mine", "reward_model": "tests.rewards_for_tests.AllNaN", "on_error": "mask"}
     small = {"train": {"num_prompts_per_epoch": 2}, "sampler": {"num_steps": 1}, "evaluation": {"max_prompts": 1}}
     assert cli.main(["train", str(write(rewards=[entry], **small))]) == 2
-    (line,) = capsys.readouterr().err.strip().split("\n")
+    warning, line = capsys.readouterr().err.strip().split("\n")
+    assert warning.startswith("warning: evaluation 'before': reward 'mine' failed on ")
     assert "reward 'mine' failed on 100% of the epoch's samples, more than train.max_failure_fraction=50%" in line
     assert not list((tmp_path / "out").glob("*epoch_*"))

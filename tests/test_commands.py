@@ -316,18 +316,28 @@ def test_a_reward_that_fails_late_in_an_evaluation_leaves_nothing(
     assert not (tmp_path / "results").exists()
 
 
+IN_THE_ROLLOUT = {"reward_model": "tests.rewards_for_tests.BreaksAfterFour", "async_reward": True, "batch_size": 2}
+
+
 @pytest.mark.parametrize(
-    ("on_error", "message"), [("mask", "failed on 100% of the epoch's samples"), ("raise", "the judge went home")]
+    ("reward", "message"),
+    [
+        ({"on_error": "mask"}, "failed on 100% of the epoch's samples"),
+        ({"on_error": "raise"}, "the judge went home"),
+        (IN_THE_ROLLOUT, "the judge went home"),
+        ({**IN_THE_ROLLOUT, "on_error": "mask"}, "failed on 100% of the epoch's samples"),
+    ],
+    ids=["mask", "raise", "async raise", "async mask"],
 )
 def test_a_run_whose_rewards_fail_keeps_what_it_learnt(
-    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], on_error: str, message: str
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: dict[str, Any], message: str
 ) -> None:
     """The reward fails from the second epoch of each process on; checkpoints are due much later."""
     values = run_values(
         random_sd3,
         tmp_path / "out",
         train={"epochs": 6, "save_every": 50},
-        rewards=[{"name": "mine", "reward_model": "tests.rewards_for_tests.BreaksLater", "on_error": on_error}],
+        rewards=[{"name": "mine", "reward_model": "tests.rewards_for_tests.BreaksLater", **reward}],
         eval_rewards=[{"name": "other", "reward_model": "tests.rewards_for_tests.Brightness"}],
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
@@ -339,6 +349,25 @@ def test_a_run_whose_rewards_fail_keeps_what_it_learnt(
         assert (tmp_path / "out" / "latest").resolve().name == f"epoch_{epoch:06d}"
 
 
+def test_a_run_whose_evaluation_fails_keeps_what_it_learnt(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The held-out reward fails in the second evaluation of each process; checkpoints are due much later."""
+    values = run_values(
+        random_sd3,
+        tmp_path / "out",
+        train={"epochs": 6, "save_every": 50, "evaluate_every": 2},
+        eval_rewards=[{"name": "other", "reward_model": "tests.rewards_for_tests.BreaksLater"}],
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    for epoch in (2, 4):
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert f"evaluation 'epoch_{epoch:06d}': reward 'other' failed" in told and "the judge went home" in told
+        assert told.endswith(f"; the weights after epoch {epoch} are saved in {tmp_path / 'out'}")
+        assert (tmp_path / "out" / "latest").resolve().name == f"epoch_{epoch:06d}"
+
+
 def test_a_run_whose_rewards_fail_at_once_claims_no_checkpoint(
     random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,8 +375,45 @@ def test_a_run_whose_rewards_fail_at_once_claims_no_checkpoint(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values(random_sd3, tmp_path / "out", rewards=reward)))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith("mend the reward and run again; no epoch was finished before this one")
+    assert told.endswith("mend the reward and run again; no epoch was finished before")
     assert list((tmp_path / "out").glob("epoch_*")) == []
+
+
+def test_what_a_judge_that_was_away_did_not_score_is_told_and_measured_again(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = tmp_path / "away"
+    away.touch()
+    monkeypatch.setenv("TILTFLOW_TEST_AWAY", str(away))
+    judge = {"name": "judge", "reward_model": "tests.rewards_for_tests.AwayWhile", "on_error": "mask"}
+    held = {"name": "held", "reward_model": "tests.rewards_for_tests.Brightness"}
+    values = run_values(random_sd3, tmp_path / "out", train={"epochs": 2, "evaluate_every": 1})
+    path, folder = tmp_path / "run.yaml", tmp_path / "out" / "evaluations"
+    path.write_text(yaml.safe_dump({**values, "eval_rewards": [judge, held]}))
+
+    def train() -> tuple[str, dict[str, EvaluationResult]]:
+        assert cli.main(["train", str(path)]) == 0
+        names = ("before", "epoch_000001", "after")
+        return capsys.readouterr().err, {name: EvaluationResult.load(folder / f"{name}.json") for name in names}
+
+    told, first = train()
+    for name, result in first.items():
+        assert result.without_score() == ["judge"]
+        line = "reward 'judge' failed on 6 of 6 images; first reason: ConnectionError: nobody answers"
+        assert f"warning: evaluation '{name}': {line}\n" in told
+    away.unlink()
+    told, second = train()
+    assert "failed on" not in told
+    assert [result.without_score() for result in second.values()] == [[], ["judge"], []]  # those weights are gone
+    for name in ("before", "after"):
+        scores = [row.scores for row in second[name].rows]
+        assert [row["held"] for row in scores] == [row.scores["held"] for row in first[name].rows]
+        assert all(row["judge"] is not None for row in scores)
+    rows = [row for row in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "eval/judge" in row]
+    assert [(row["step"], row["eval/judge"] is not None) for row in rows][-2:] == [(0, True), (2, True)]
+    stamps = {file: file.stat().st_mtime_ns for file in folder.glob("*.json")}
+    train()
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*.json")} == stamps
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -439,6 +505,21 @@ def test_a_local_model_folder_has_its_own_size(
     assert size_of(capsys.readouterr().out.split()[1]) == (32, 32)
     assert cli.main([*command, *few, "--width", "16", "--precision", "fp32"]) == 0
     assert size_of(capsys.readouterr().out.split()[1]) == (16, 32)
+
+
+def test_evaluate_with_a_reward_that_scores_nothing_fails_and_says_why(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = "[{reward_model: tests.rewards_for_tests.Broken, on_error: mask}, tests.rewards_for_tests.Brightness]"
+    command = ["evaluate", "--model_name", str(random_sd3), "--prompts", "shapes", "--rewards", entries]
+    few = ["--max_prompts", "2", "--images_per_prompt", "1", "--num_steps", "1", "--max_sequence_length", "1"]
+    assert cli.main([*command, *few, "--output_dir", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert told.err.endswith(
+        "warning: reward 'Broken' failed on 2 of 2 images; first reason: ValueError: the judge is out\n"
+    )
+    assert results_of(told.out)["brightness"] > 0
+    assert len(list(tmp_path.glob("*.json"))) == 1
 
 
 # --- sample -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,13 @@ from tiltflow.evaluation import (
 from tiltflow.flow import sigma_schedule
 from tiltflow.policies.base import Policy
 from tiltflow.policies.parameters import PolicyWeights
-from tiltflow.rewards import PointwiseRewardModel, RewardArguments, RewardEngine, RewardModelOutput
+from tiltflow.rewards import (
+    GroupwiseRewardModel,
+    PointwiseRewardModel,
+    RewardArguments,
+    RewardEngine,
+    RewardModelOutput,
+)
 from tiltflow.types import Conditioning, Prompt
 
 CONFIG = EvaluationConfig(num_steps=2, guidance_scale=1.0, batch_size=4, images_per_prompt=2, keep_images=3)
@@ -441,6 +448,54 @@ def test_failures_are_counted_and_explained() -> None:
     assert failed[0].info["Breaks"]["failure"] == "OSError: the server is away"
     with pytest.raises(RewardError, match="the server is away"):
         evaluate(NoisePolicy(), engine(Breaks, on_error="raise"), PROMPTS, config=CONFIG, name="before")
+
+
+class Began(PointwiseRewardModel):
+    """Says when it was asked about the first samples."""
+
+    use_tensor_inputs = True
+    asked = Event()
+
+    def __call__(self, prompt: list[str], image: Any = None, **_: Any) -> RewardModelOutput:
+        self.asked.set()
+        return RewardModelOutput([item.mean().item() for item in image])
+
+
+class GroupBegan(GroupwiseRewardModel):
+    """The same of the first group; how much brighter a sample is than its group."""
+
+    use_tensor_inputs = True
+    asked = Event()
+
+    def __call__(self, prompt: list[str], image: Any = None, **_: Any) -> RewardModelOutput:
+        self.asked.set()
+        values = torch.stack([item.mean() for item in image])
+        return RewardModelOutput(values - values.mean())
+
+
+class Patient(NoisePolicy):
+    """Does not decode its second batch before a reward was asked about the first."""
+
+    def __init__(self, asked: Event):
+        super().__init__()
+        self.asked = asked
+        self.decoded = 0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.decoded += 1
+        assert self.decoded == 1 or self.asked.wait(20)
+        return super().decode(latents)
+
+
+@pytest.mark.parametrize("model", [Began, GroupBegan])
+def test_asynchronous_rewards_begin_while_images_are_made(model: type[Began | GroupBegan]) -> None:
+    def run(policy: NoisePolicy, **how: Any) -> EvaluationResult:
+        entry = RewardArguments(name="mine", reward_model="x", batch_size=3, **how)
+        return evaluate(policy, RewardEngine([entry], factory=model), PROMPTS, config=CONFIG, name="x")
+
+    waited = run(NoisePolicy())
+    model.asked.clear()
+    assert run(Patient(model.asked), async_reward=True, num_workers=2) == waited
 
 
 def test_bad_requests_name_the_remedy() -> None:

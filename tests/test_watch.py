@@ -58,6 +58,20 @@ def test_no_fall_or_no_rise_is_none(later: float, after: dict[str, float]) -> No
     assert watch(0.5).observe(result(later), after) == []
 
 
+def test_beside_a_reward_that_compares_within_groups_a_fall_alone_is_a_sign() -> None:
+    found = HackingWatch(["hps"], evaluations=10, patience=2, relative=["rank"])
+    assert found.observe(result(0.5), {"pick": 1.0}) == []
+    assert found.observe(result(0.6), {"pick": 0.9}) == []
+    (sign,) = found.observe(result(0.55), {"pick": 0.8})
+    assert (sign.training, sign.rise) == ("rank", None)
+    assert str(sign) == (
+        "held-out reward 'hps' fell by 0.05 since 'hps' while 'rank' was trained on, which only compares the images of "
+        "a prompt with each other: its mean does not tell whether it rose"
+    )
+    (sign,) = found.observe(result(0.5), {"pick": 1.5})
+    assert (sign.training, sign.rise) == ("pick", pytest.approx(0.6)) and found.should_stop
+
+
 def test_a_fall_within_the_noise_is_none() -> None:
     later = result(0.5)
     for row in later.rows:
@@ -236,6 +250,26 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_stays_stopped(
     assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == written
 
 
+def test_a_run_that_is_trained_on_ranks_is_stopped_by_the_fall_alone(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = run_values(
+        random_sd3,
+        tmp_path / "out",
+        train={"epochs": 20, "evaluate_every": 2, "early_stop": 2, "save_every": 50},
+        rewards=[{"name": "rank", "reward_model": "tests.rewards_for_tests.Rank"}],
+        eval_rewards=[{"name": "held", "reward_model": "tests.rewards_for_tests.Falling"}],
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    # the evaluation before training is the first to compare with
+    assert [line.split(":")[1].strip() for line in told] == ["epoch 2", "epoch 4"]
+    assert "held-out reward 'held' fell by 1 since 'before' while 'rank' was trained on" in told[0]
+    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert max(row["step"] for row in rows if "loss" in row) == 4
+
+
 def test_a_held_out_reward_without_values_is_told_once(
     random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,7 +282,12 @@ def test_a_held_out_reward_without_values_is_told_once(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert told == [
+    failed = "reward 'held' failed on 6 of 6 images; first reason: not finite: the reward is NaN or infinite"
+    names = ["before", *(f"epoch_{epoch:06d}" for epoch in (1, 2, 3)), "after"]
+    assert [line for line in told if "failed on" in line] == [
+        f"warning: evaluation '{name}': {failed}" for name in names
+    ]
+    assert [line for line in told if "failed on" not in line] == [
         "warning: epoch 1: held-out reward 'held' has no values to compare (not finite: the reward is NaN or "
         "infinite), so it cannot tell reward hacking; mend it"
     ]

@@ -219,10 +219,10 @@ def _pretrain(arguments: argparse.Namespace, overrides: Overrides) -> None:
     print(f"checkpoint: {run_pretraining(config)}")
 
 
-def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> None:
+def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from tiltflow.commands import run_evaluation
 
-    run_evaluation(
+    result = run_evaluation(
         checkpoint=arguments.checkpoint,
         model_name=arguments.model_name,
         prompts=arguments.prompts,
@@ -231,6 +231,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> None:
         output_dir=arguments.output_dir,
         name=arguments.name,
     )
+    return 1 if result.without_score() else 0
 
 
 def _evaluate_reward(arguments: argparse.Namespace, overrides: Overrides) -> None:

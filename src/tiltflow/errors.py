@@ -42,4 +42,4 @@ class UnparsableError(JudgeError):
 
 
 class RewardOutage(RewardError):
-    """Rewards failed so that an epoch was given up, on every process alike; nothing was learnt from it."""
+    """Rewards failed so that an epoch or an evaluation was given up, on every process alike; nothing was learnt."""

@@ -65,3 +65,21 @@ def test_a_reward_that_fails_in_one_process_ends_both(
         messages = [line for line in told.splitlines() if line.startswith("tiltflow train: ")]
         where = "tiltflow train: " if rank == 1 else "tiltflow train: rank 1 failed: RewardError: "
         assert len(messages) == 1 and messages[0].startswith(where + cause), told
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_in_one_process_keeps_what_was_learnt(random_sd3: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        random_sd3,
+        tmp_path / "out",
+        train={"save_every": 50, "evaluate_every": 1},
+        eval_rewards=[{"name": "other", "reward_model": "tests.rewards_for_tests.BreaksLaterOnTheSecondProcess"}],
+        evaluation={"max_prompts": 2, "num_steps": 1},
+        sampler={"num_steps": 1},
+    )
+    for status, told in train_in_two(config):
+        assert status == 2, told
+        assert "Traceback" not in told
+        assert "the judge went home" in told and "; the weights after epoch 1 are saved in " in told
+    assert (tmp_path / "out" / "latest").resolve().name == "epoch_000001"

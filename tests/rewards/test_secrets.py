@@ -146,7 +146,7 @@ def test_another_secret_makes_no_other_run(tmp_path: Path) -> None:
         assert changed_values(saved, config_of(REMOTE | {"token": "other"}, JUDGE, eval_rewards=[KEYED])) == []
         assert changed_values(saved, config_of(REMOTE | {"token_env": "T"}, JUDGE, eval_rewards=[KEYED])) == []
         with pytest.raises(ConfigError, match=r"holds another run \(rewards: ") as raised:
-            changed_values(saved, config_of(REMOTE | {"token": KEY, "server_url": "http://localhost:2"}, JUDGE))
+            changed_values(saved, config_of(REMOTE | {"token": KEY, "model": "other"}, JUDGE))
         assert KEY not in str(raised.value)
         (line,) = changed_values(saved, config_of(REMOTE, JUDGE, eval_rewards=[{"reward_model": KEYED, "stops": 2}]))
         assert line.startswith("eval_rewards: ") and KEY not in line

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy
+from tiltflow.commands.run_folder import warn
 from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
@@ -81,10 +82,16 @@ def run_evaluation(
         with distributed.together():
             if distributed.is_main:
                 result.save(directory)
-                print("\n".join(result.result_lines()))
+                _tell(result)
     finally:
         distributed.close()
     return result
+
+
+def _tell(result: EvaluationResult) -> None:
+    print("\n".join(result.result_lines()))
+    for line in result.failure_lines():
+        warn(line)
 
 
 def _name(checkpoint: Path | None, model_name: str) -> str:

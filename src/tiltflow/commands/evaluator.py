@@ -1,7 +1,6 @@
 """Evaluations of a run: before, in between and after, each once, watched for reward hacking."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,12 @@ from PIL import Image
 
 from tiltflow.algorithms import Snapshot
 from tiltflow.commands.build import described
+from tiltflow.commands.run_folder import warn
+from tiltflow.commands.same_rewards import reward_classes, split_reward
 from tiltflow.config import RunConfig
+from tiltflow.errors import RewardOutage, TiltflowError
 from tiltflow.evaluation import EvaluationResult, HackingWatch, evaluate, held_out
-from tiltflow.rewards import RewardEngine
+from tiltflow.rewards import GroupwiseRewardModel, RewardArguments, RewardEngine, reward_class
 from tiltflow.runtime.files import remove
 from tiltflow.runtime.tracking import TrackerGroup, read_jsonl
 from tiltflow.training.trainer import Trainer
@@ -51,8 +53,12 @@ class Evaluator:
         self.trackers = TrackerGroup([])  # told the `eval/` metrics and pictures
         every = config.train.evaluate_every or config.train.epochs
         self._held_out = held_out(engine.rewards, trainer.engine.rewards)
+        self._relative = [entry.name for entry in trainer.engine.rewards if entry.weight != 0 and _is_relative(entry)]
         self._watch = HackingWatch(
-            self._held_out, evaluations=(config.train.epochs - 1) // every, patience=config.train.early_stop
+            self._held_out,
+            evaluations=(config.train.epochs - 1) // every,
+            patience=config.train.early_stop,
+            relative=self._relative,
         )
         self._told_mute: set[str] = set()
         self.should_stop = False
@@ -72,7 +78,7 @@ class Evaluator:
         every = self._run.train.evaluate_every
         if every is not None and self._distributed.is_main:
             for earlier in range(every, epoch, every):
-                known = self._known(_name(earlier), earlier)
+                known = self._stored(_name(earlier), earlier)
                 if known is not None:
                     self._observe(known, earlier, quiet=True)
 
@@ -97,22 +103,22 @@ class Evaluator:
         rows = read_jsonl(self._directory.parent / METRICS_FILE)
         if self._watch.seen == 0:
             # What the policy was before training is told by the evaluation "before" and by the rollouts of epoch 1.
-            before, start = self._known("before", 0), self._training([row for row in rows if row["step"] == 1])
-            if before is not None and start:
+            before, start = self._stored("before", 0), self._training([row for row in rows if row["step"] == 1])
+            if before is not None and (start or self._relative):
                 self._watch.observe(before, start)
         window = [row for row in rows if epoch - every < row["step"] <= epoch]
         signs = self._watch.observe(result, self._training(window))
         if quiet:
             return
         for sign in signs:
-            print(f"warning: epoch {epoch}: {sign}; this looks like reward hacking", file=sys.stderr)
+            warn(f"epoch {epoch}: {sign}; this looks like reward hacking")
         for name in [name for name in self._watch.mute if name not in self._told_mute]:
             self._told_mute.add(name)
-            print(f"warning: epoch {epoch}: {_mute_message(name, result)}", file=sys.stderr)
+            warn(f"epoch {epoch}: {_mute_message(name, result)}")
 
     def _training(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the means of the rewards that are trained on, turned so that training wants more of each."""
-        means = training_rewards(rows)
+        """Return the means of the rewards that are trained on and tell a rise, turned so that more is better."""
+        means = {name: mean for name, mean in training_rewards(rows).items() if name not in self._relative}
         entries = [entry for entry in self._trainer.engine.rewards if entry.weight != 0 and entry.name in means]
         return {
             entry.name if entry.weight > 0 else f"-{entry.name}": math.copysign(1, entry.weight) * means[entry.name]
@@ -124,34 +130,48 @@ class Evaluator:
     ) -> EvaluationResult | None:
         """Evaluate a snapshot, shared by all processes, unless its result for this epoch is already there.
 
+        One in which a reward scored nothing, such as a judge that was away, is measured again.
+
         Returns:
             The result on the main process, None on the others.
+
+        Raises:
+            RewardOutage: A reward failed that must not, on all processes alike.
         """
         known: EvaluationResult | None = None
         with self._distributed.together():
             if self._distributed.is_main:
-                known = self._known(name, epoch)
+                known = self._stored(name, epoch)
+                known = None if known is not None and known.without_score() else known
                 if known is not None and not self._is_logged(epoch):
                     self._log(known, epoch)
         if self._distributed.gather(known is not None)[0]:
             return known
-        policy = self._trainer.policy
-        with torch.no_grad(), policy.weights.using(snapshot):
-            result = evaluate(
-                policy,
-                self._engine,
-                self._prompts,
-                config=self._run.evaluation,
-                name=name,
-                distributed=self._distributed,
-                progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
-            )
+        result = self._measured(name, snapshot, status)
         with self._distributed.together():
             if self._distributed.is_main:
                 result = replace(result, settings={**result.settings, **self._settings(epoch)})
                 result.save(self._directory)
                 self._log(result, epoch)
+                for line in result.failure_lines():
+                    warn(f"evaluation {name!r}: {line}")
         return result if self._distributed.is_main else None
+
+    def _measured(self, name: str, snapshot: Snapshot, status: Callable[[str], None]) -> EvaluationResult:
+        policy = self._trainer.policy
+        try:
+            with torch.no_grad(), policy.weights.using(snapshot):
+                return evaluate(
+                    policy,
+                    self._engine,
+                    self._prompts,
+                    config=self._run.evaluation,
+                    name=name,
+                    distributed=self._distributed,
+                    progress=lambda done, total: status(f"evaluation '{name}' {done}/{total}"),
+                )
+        except TiltflowError as error:  # every rank has one: its own, or that another rank failed
+            raise RewardOutage(f"evaluation '{name}': {error}") from error
 
     def _log(self, result: EvaluationResult, epoch: int) -> None:
         values = {f"eval/{key}": estimate.value for key, estimate in result.summary.items()}
@@ -173,12 +193,18 @@ class Evaluator:
         measured = described(self._run.policy, self._run.data.eval_prompts, self._engine.rewards)
         return {**self._run.evaluation.model_dump(mode="json"), **measured, "epoch": epoch}
 
-    def _known(self, name: str, epoch: int) -> EvaluationResult | None:
+    def _stored(self, name: str, epoch: int) -> EvaluationResult | None:
         path = self._directory / f"{name}.json"
         if not path.exists():
             return None
         found = EvaluationResult.load(path)
-        return found if self._settings(epoch).items() <= found.settings.items() else None
+        wanted, settings = self._comparable(self._settings(epoch)), self._comparable(found.settings)
+        return found if wanted.items() <= settings.items() else None
+
+    def _comparable(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a result without how its rewards were run."""
+        classes = reward_classes(self._engine.rewards)
+        return {**settings, "rewards": [split_reward(entry, classes)[0] for entry in settings.get("rewards", [])]}
 
 
 def training_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -190,6 +216,11 @@ def training_rewards(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if key.startswith(prefix) and key.endswith(suffix) and value is not None:
                 found.setdefault(key[len(prefix) : -len(suffix)], []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _is_relative(entry: RewardArguments) -> bool:
+    """Tell whether a reward compares the images of a prompt with each other, so that its mean cannot tell a rise."""
+    return issubclass(reward_class(entry.reward_model), GroupwiseRewardModel)
 
 
 def _mute_message(name: str, result: EvaluationResult) -> str:

@@ -1,7 +1,8 @@
 """`tiltflow train`: a run from its config to its report, continued where it was interrupted."""
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 from tiltflow.commands.build import CONFIG_FILE, build_engines, build_trainer
 from tiltflow.commands.evaluator import Evaluator
 from tiltflow.commands.run_folder import changed_keys, newest_checkpoint, start_trackers, warn
+from tiltflow.commands.same_rewards import Classes, reward_classes, split_reward, without_secrets
 from tiltflow.config import REWARD_KEYS, RunConfig, load_run_config, normalise_rewards
 from tiltflow.data import load_prompts
 from tiltflow.errors import RewardOutage
 from tiltflow.report import write_report
-from tiltflow.rewards import check_prompts, reward_class
-from tiltflow.rewards.secrets import secret_keys
+from tiltflow.rewards import check_prompts
 from tiltflow.runtime.checkpoint import CheckpointStore
 from tiltflow.runtime.distributed import Distributed
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
@@ -69,13 +70,16 @@ def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Pat
         if changed or not resumed:
             evaluator.forget(after=trainer.epoch)
         enabled = distributed.is_main and config.tracking.console
-        with ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar:
+        with (
+            ProgressBar(config.train.epochs, start=trainer.epoch, title=run_dir.name, enabled=enabled) as bar,
+            _saved_if_rewards_fail(trainer, config, store),
+        ):
             evaluator.once("before", "ref", epoch=0, status=bar.status)
             evaluator.recall(trainer.epoch)
             evaluator.if_due(trainer.epoch, status=bar.status)  # a kill may have come between save and evaluation
             bar.begin()
             while trainer.epoch < config.train.epochs and not evaluator.should_stop:
-                epoch = _run_epoch(trainer, config, store, bar)
+                epoch = trainer.run_epoch(trainer.epoch + 1, status=bar.status)
                 _after_epoch(epoch, trainer, config, store, trackers, bar)
                 evaluator.if_due(epoch.number, status=bar.status)
             _save_if_stopped(trainer, config, store)
@@ -85,18 +89,19 @@ def _run(trainer: Trainer, evaluator: Evaluator, config: RunConfig, run_dir: Pat
             print(f"report: {write_report(run_dir)}")
 
 
-def _run_epoch(trainer: Trainer, config: RunConfig, store: CheckpointStore, bar: ProgressBar) -> Epoch:
-    """Run the next epoch; when its rewards fail, save what was learnt before it.
+@contextmanager
+def _saved_if_rewards_fail(trainer: Trainer, config: RunConfig, store: CheckpointStore) -> Iterator[None]:
+    """When rewards fail in an epoch or an evaluation, save what was learnt before.
 
     Raises:
         RewardOutage: They failed; says what is kept.
     """
     try:
-        return trainer.run_epoch(trainer.epoch + 1, status=bar.status)
+        yield
     except RewardOutage as error:
         _save_if_stopped(trainer, config, store)
         kept = f"the weights after epoch {trainer.epoch} are saved in {store.directory}" if trainer.epoch else ""
-        raise RewardOutage(f"{error}; {kept or 'no epoch was finished before this one'}") from error
+        raise RewardOutage(f"{error}; {kept or 'no epoch was finished before'}") from error
 
 
 def _save_if_stopped(trainer: Trainer, config: RunConfig, store: CheckpointStore) -> None:
@@ -128,31 +133,27 @@ def _resume(trainer: Trainer, config: RunConfig, store: CheckpointStore, distrib
 def changed_values(path: Path, config: RunConfig) -> list[str]:
     """Compare a run's saved config with the one it is resumed with, as `changed_keys` does.
 
-    Another secret makes no other run.
+    Another secret makes no other run, nor does another way of running the same reward.
     """
-    secrets = {
-        reward.reward_model: secret_keys(reward_class(reward.reward_model).Options)
-        for reward in (*config.rewards, *config.eval_rewards)
-    }
-    return changed_keys(path, config, IDENTITY, compared=partial(_without_secrets, secrets=secrets))
+    classes = reward_classes((*config.rewards, *config.eval_rewards))
+    return changed_keys(path, config, IDENTITY, compared=partial(_comparable, classes=classes))
 
 
-def _without_secrets(values: Mapping[str, Any], secrets: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """Return a config's values without the secrets of its rewards and the names of variables that hold them.
+def _comparable(values: Mapping[str, Any], classes: Classes) -> dict[str, Any]:
+    """Return a config's values without the secrets of its rewards, and apart from them how training runs its rewards.
 
     Args:
         values: Of a saved config.
-        secrets: `reward_model` -> the options that are left out.
+        classes: Those of the rewards.
     """
-    kept = dict(values)
-    for key in REWARD_KEYS:
-        entries: list[dict[str, Any]] = []
-        for entry in normalise_rewards(kept.get(key) or [], key=key):
-            names = secrets.get(entry["reward_model"], ())
-            options = {name: value for name, value in entry["options"].items() if name not in names}
-            entries.append({**entry, "options": options})
-        kept[key] = entries
-    return kept
+    rewards, measured = (normalise_rewards(values.get(key) or [], key=key) for key in REWARD_KEYS)
+    parts = [split_reward(entry, classes) for entry in rewards]
+    return {
+        **values,
+        "rewards": [what for what, _ in parts],
+        **{f"reward {what['name']!r}": how for what, how in parts},
+        "eval_rewards": [without_secrets(entry, classes) for entry in measured],
+    }
 
 
 def _after_epoch(

@@ -85,16 +85,18 @@ def evaluate(
         for start in range(0, len(own), per_chunk):
             groups = own[start : start + per_chunk]
             done = len(rows)
-            samples = rollout(
-                policy,
-                [prompts[group] for group in groups],
-                groups=groups,
-                group_size=config.images_per_prompt,
-                sampler=config.sampler,
-                seed=(config.seed, "evaluation"),
-                progress=lambda images, _, done=done: progress(done + images, total),
-            )
-            table = engine.score(samples)
+            with engine.begin(group_size=config.images_per_prompt) as scoring:
+                samples = rollout(
+                    policy,
+                    [prompts[group] for group in groups],
+                    groups=groups,
+                    group_size=config.images_per_prompt,
+                    sampler=config.sampler,
+                    seed=(config.seed, "evaluation"),
+                    progress=lambda images, _, done=done: progress(done + images, total),
+                    submit=scoring.add_batch,
+                )
+                table = scoring.finish()
             shown = _pictures(samples, kept, name, config.images_per_prompt)
             pictures |= dict(shown.values())
             rows += [
@@ -102,11 +104,17 @@ def evaluate(
                 for index in range(len(samples))
             ]
     if distributed is not None:
-        everyone = distributed.gather((rows, pictures))
-        rows = sorted((row for part, _ in everyone for row in part), key=lambda row: (row.group, row.sample))
-        pictures = {place: picture for _, part in everyone for place, picture in part.items()}
+        rows, pictures = _of_all(distributed.gather((rows, pictures)))
     settings = {**config.model_dump(mode="json"), "prompts": len(chosen), "images": len(rows)}
     return EvaluationResult(name, settings, summarise(rows), rows, pictures)
+
+
+def _of_all(
+    parts: Sequence[tuple[list[EvaluationRow], dict[str, Picture]]],
+) -> tuple[list[EvaluationRow], dict[str, Picture]]:
+    """Return the rows of all processes, in the order of the prompts, and their pictures."""
+    rows = sorted((row for own, _ in parts for row in own), key=lambda row: (row.group, row.sample))
+    return rows, {place: picture for _, own in parts for place, picture in own.items()}
 
 
 def _pictures(

@@ -49,6 +49,24 @@ class EvaluationResult:
                 lines += [f"RESULT {key}_low={item.low:.6g}", f"RESULT {key}_high={item.high:.6g}"]
         return lines
 
+    def without_score(self) -> list[str]:
+        """Return the names of the rewards that scored no image at all."""
+        return [name for name, failed in self._failed().items() if len(failed) == len(self.rows)]
+
+    def failure_lines(self) -> list[str]:
+        """Return a line for each reward that failed: its name, on how many images, and the first reason."""
+        return [
+            f"reward {name!r} failed on {len(failed)} of {len(self.rows)} images; first reason: "
+            f"{failed[0].info.get(name, {}).get('failure', 'none was kept')}"
+            for name, failed in self._failed().items()
+            if failed
+        ]
+
+    def _failed(self) -> dict[str, list[EvaluationRow]]:
+        """Return the rows without a score of each reward."""
+        names = dict.fromkeys(name for row in self.rows for name in row.scores)
+        return {name: [row for row in self.rows if row.scores.get(name) is None] for name in names}
+
     def save(self, directory: Path) -> Path:
         """Write `<directory>/<name>.json` and the pictures in `<directory>/<name>/`; a missing number is null.
 

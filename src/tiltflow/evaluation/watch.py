@@ -1,4 +1,4 @@
-"""A watch for reward hacking: the training reward rises while a held-out reward falls.
+"""A watch for reward hacking: the training reward rises, as far as it can tell, while a held-out reward falls.
 
 Every evaluation is compared, image by image over the same prompts and noise, with the one at which that held-out reward
 stood best. Compared with its neighbours, a slow fall would never show; compared with the best of many, an evaluation
@@ -27,7 +27,7 @@ FALSE_ALARMS: Final = 0.05  # probability of any warning in a run in which nothi
 
 @dataclass(frozen=True)
 class Sign:
-    """One held-out reward that fell while a training reward rose.
+    """One held-out reward that fell while a training reward rose, or while training was on one that tells no rise.
 
     Example: `Sign("hps", fall=-0.021, score=-4.4, since="before", training="pick", rise=0.4)`.
     """
@@ -37,12 +37,15 @@ class Sign:
     score: float  # of that change, in standard deviations of chance
     since: str  # the evaluation at which it stood best
     training: str
-    rise: float  # change of the training reward's mean over the same epochs
+    rise: float | None  # change of the training reward's mean over the same epochs; None: it has no such mean
 
     def __str__(self) -> str:
+        fell = f"held-out reward {self.held_out!r} fell by {-self.fall:.4g} since {self.since!r} while"
+        if self.rise is not None:
+            return f"{fell} the training reward {self.training!r} rose by {self.rise:.4g}"
         return (
-            f"held-out reward {self.held_out!r} fell by {-self.fall:.4g} since {self.since!r} while the training "
-            f"reward {self.training!r} rose by {self.rise:.4g}"
+            f"{fell} {self.training!r} was trained on, which only compares the images of a prompt with each other: its "
+            "mean does not tell whether it rose"
         )
 
 
@@ -76,16 +79,21 @@ class HackingWatch:
     nothing.
     """
 
-    def __init__(self, held_out: Sequence[str], *, evaluations: int, patience: int | None):
+    def __init__(
+        self, held_out: Sequence[str], *, evaluations: int, patience: int | None, relative: Sequence[str] = ()
+    ):
         """Start without any evaluation.
 
         Args:
             held_out: The rewards that are watched; `held_out()` tells them.
             evaluations: How many evaluations the run has after the first.
             patience: How many evaluations in a row with a sign end the run; None never ends it.
+            relative: Training rewards that compare the images of a prompt with each other, such as ranks: their means
+                stay where they are, so that beside one of them a fall alone is a sign.
         """
         self._held_out = tuple(held_out)
         self._patience = patience
+        self._relative = tuple(relative)
         self._limit = alarm_limit(len(held_out), evaluations)
         self._best: dict[str, tuple[EvaluationResult, Mapping[str, float]]] = {}
         self.seen = 0
@@ -124,11 +132,13 @@ class HackingWatch:
         change, score = fall_score(best, result, name)
         if change > 0:
             self._best[name] = result, training
+        if not score < -self._limit:
+            return None
         rises = {key: training[key] - value for key, value in before.items() if key in training}
         most = max(rises, key=lambda key: rises[key], default=None)
-        if most is None or rises[most] <= 0 or not score < -self._limit:
-            return None
-        return Sign(name, change, score, best.name, most, rises[most])
+        if most is not None and rises[most] > 0:
+            return Sign(name, change, score, best.name, most, rises[most])
+        return Sign(name, change, score, best.name, self._relative[0], None) if self._relative else None
 
 
 def fall_score(earlier: EvaluationResult, later: EvaluationResult, name: str) -> tuple[float, float]:

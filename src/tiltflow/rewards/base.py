@@ -75,6 +75,7 @@ class RewardModel(ABC):
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
     option_packages: ClassVar[Mapping[str, str]] = {}  # own option -> optional package that is needed with it alone
     needed_options: ClassVar[tuple[str, ...]] = ()  # own options without which the reward cannot be built
+    running_options: ClassVar[tuple[str, ...]] = ()  # own options that are only how it is run
     cpu_only: ClassVar[bool] = False  # computes on the CPU whatever `device` says
 
     def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):

@@ -11,7 +11,7 @@ from pydantic import Field
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.crowd import do_all
-from tiltflow.rewards.judge import ChatEndpoint, EndpointOptions, EndpointSettings, Url
+from tiltflow.rewards.judge import RUNNING, ChatEndpoint, EndpointOptions, EndpointSettings, Url
 from tiltflow.rewards.labels import weigh_words
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.deqa import (
@@ -51,6 +51,7 @@ class DeQAReward(PointwiseRewardModel):
     times_itself = True  # with an endpoint; the constructor unsays it for a local model
     Options = DeQAOptions
     needed_options = ("model",)
+    running_options = ("base_url", *RUNNING)
     option_packages = {"base_url": "openai"}  # noqa: RUF012  # a class attribute, as in the base
 
     @classmethod

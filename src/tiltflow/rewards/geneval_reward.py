@@ -75,6 +75,7 @@ class GenevalReward(PointwiseRewardModel):
 
     required_fields = ("image", "metadata")
     Options = GenevalOptions
+    running_options = ("detector_batch_size",)
 
     @classmethod
     def published_weights(cls, options: GenevalOptions) -> Sequence[Weights]:

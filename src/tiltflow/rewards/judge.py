@@ -43,6 +43,10 @@ def _check_url(text: str) -> str:
 Url = Annotated[str, AfterValidator(_check_url)]
 
 
+# The options that may change while the judge stays the same.
+RUNNING: Final = ("api_base_url", "max_concurrent", "max_retries", "max_cache_size", "cache_dir", "cache_limit_mib")
+
+
 class NotOfferedError(JudgeError):
     """The server of a judge does not know a request that not all servers know."""
 

@@ -102,6 +102,7 @@ class OCRReward(PointwiseRewardModel):
     required_fields = ("prompt", "image")
     Options = OCROptions
     packages = ("rapidocr", "onnxruntime", "rapidfuzz")
+    running_options = ("workers",)
     cpu_only = True
 
     @classmethod

@@ -13,7 +13,7 @@ from pydantic import Field
 from tiltflow.errors import JudgeError, RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
-from tiltflow.rewards.judge import ChatEndpoint, EndpointSettings, JudgeOptions
+from tiltflow.rewards.judge import RUNNING, ChatEndpoint, EndpointSettings, JudgeOptions
 from tiltflow.rewards.rubric import EDIT_TASK, HIGHEST, LOWEST, SYSTEM, T2I_TASK, read_aspects, write_rubric
 from tiltflow.rewards.wording import Rubric, fill
 
@@ -78,6 +78,7 @@ class RationalReward(PointwiseRewardModel):
     remote = True
     times_itself = True
     packages = ("openai",)
+    running_options = RUNNING
     supported_aspects: ClassVar[tuple[str, ...]]
     default_rubric: ClassVar[str]
 

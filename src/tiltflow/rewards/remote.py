@@ -88,6 +88,7 @@ class RemoteRewardModel(RewardModel):
     times_itself = True
     Options = RemoteOptions
     packages = ("httpx2", "stamina")
+    running_options = ("server_url", "retry_attempts", "partial")
     groupwise: ClassVar[bool]
     partner: ClassVar[str]  # the class for models that this one is not for
 

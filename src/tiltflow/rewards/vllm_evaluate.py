@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
 from tiltflow.rewards.crowd import do_all
 from tiltflow.rewards.judge import (
+    RUNNING,
     TOKENIZE_TIMEOUT,
     TOP_LOGPROBS,
     ChatEndpoint,
@@ -77,6 +78,7 @@ class VllmEvaluateReward(PointwiseRewardModel):
     times_itself = True
     Options = VllmEvaluateOptions
     packages = ("openai",)
+    running_options = RUNNING
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Prepare the endpoint's client; nothing is sent yet.

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiltflow.algorithms.base import Algorithm, Velocities
 from tiltflow.data.stream import PromptStream
-from tiltflow.errors import ConfigError, RewardOutage, TiltflowError, TrainingError
+from tiltflow.errors import ConfigError, RewardError, RewardOutage, TiltflowError, TrainingError
 from tiltflow.policies.base import Policy
 from tiltflow.rewards.engine import RewardEngine, Scoring
 from tiltflow.runtime.checkpoint import load_state, load_tensors, save_state, save_tensors
@@ -113,7 +113,7 @@ class Trainer:
         alone = self.distributed.world_size == 1  # else one rank would leave the others in the middle of the rollout
         with self.engine.begin(group_size=self.config.group_size, stop_early=alone) as scoring:
             status("rollout")
-            with clock.stage("rollout"):
+            with clock.stage("rollout"), _early_outage() if alone else nullcontext():
                 samples = self._rollout(epoch, status, submit=scoring.add_batch)
             status("reward")
             with clock.stage("reward"):
@@ -328,6 +328,15 @@ def _info_metrics(table: RewardTable, distributed: Distributed) -> dict[str, flo
     keys = dict.fromkeys(key for part in parts for key in part)
     sums = {key: [part[key] for part in parts if key in part] for key in keys}
     return {key: sum(total for total, _ in found) / sum(count for _, count in found) for key, found in sums.items()}
+
+
+@contextmanager
+def _early_outage() -> Iterator[None]:
+    """Give the epoch up when a reward is known to have failed before the last sample is made."""
+    try:
+        yield
+    except RewardError as error:
+        raise RewardOutage(str(error)) from error
 
 
 class _Clock:
