@@ -168,7 +168,7 @@ class ErrorBody(Reply):
     code: str
     message: str
     retryable: bool = False
-    retry_after_ms: int | None = None
+    retry_after_ms: int | None = Field(default=None, ge=-(2**53), le=2**53)  # JSON knows larger ones, floats may not
     param: str | None = None
     request_id: str | None = None
 
