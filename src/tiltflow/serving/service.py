@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from tiltflow.serving.guard import finish_or_gone, read_body
 from tiltflow.serving.idempotency import Replies, Reply
+from tiltflow.serving.jobs import Sample
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import HttpMetrics
 from tiltflow.serving.rendering import dump
@@ -136,6 +137,8 @@ class Service:
 
     async def _score(self, parsed: Parsed, deadline: float, emit: Emit | None) -> Outcome:
         chosen = choose(self.models, parsed.request.models)
+        for model in chosen:
+            await model.recognize([sample for sample in parsed.samples if isinstance(sample, Sample)])
         results: dict[int, dict[str, Any]] = {}
         with Scoring(chosen, parsed, deadline=deadline) as scoring:
             async for index in scoring.finished():
