@@ -239,6 +239,15 @@ def stop_at_the_third() -> Any:
     return call
 
 
+def test_rows_that_cannot_be_written_are_an_error_with_the_reason(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.jsonl.part").symlink_to(tmp_path / "gone" / "s.jsonl.part")
+    output = str(tmp_path / "s.jsonl")
+    assert cli.main(["score", "--rewards", REDNESS, "--images", str(images), "--output", output]) == 2
+    assert "cannot write s.jsonl.part in" in (told := capsys.readouterr().err) and "No such file or directory" in told
+
+
 @pytest.mark.parametrize(
     ("change", "differing"),
     [

@@ -437,6 +437,15 @@ def test_patience_is_honoured_and_is_no_try(url: str, script: Script, fault: str
     assert all(gap >= 0.5 for gap in gaps)
 
 
+@pytest.mark.parametrize(
+    "fault", ["patience:Mon, 01 Jan 2024 00:00:00 +99999999999999", f"patience_ms:{10**400}", f"patience_ms:-{10**400}"]
+)
+def test_patience_that_no_clock_can_tell_is_as_none(url: str, script: Script, fault: str) -> None:
+    script.faults = [fault]
+    assert torch.as_tensor(ask(build(url, retry_attempts=1)).rewards).isfinite().all()
+    assert len({seen.headers[wire.KEY_HEADER.lower()] for seen in script.seen}) == len(script.seen) - 1
+
+
 def test_patience_beyond_the_deadline_ends_the_request_at_once(url: str, script: Script) -> None:
     reward = build(url, timeout=30)
     script.always = "patience:60"

@@ -308,6 +308,7 @@ def test_pauses_double_up_to_a_bound_and_differ_by_chance() -> None:
         ({"retry_after": "-5"}, None),
         ({"retry_after": "nan"}, None),
         ({"retry_after": "tomorrow"}, None),
+        ({"retry_after": "Mon, 01 Jan 2024 00:00:00 +99999999999999"}, None),
         ({"retry_after_ms": "250", "retry_after": "3"}, 0.25),
         ({"retry_after_ms": "x", "retry_after": "3"}, 3.0),
     ],

@@ -157,6 +157,16 @@ def test_a_pace_that_varies_is_given_a_margin() -> None:
     assert 2.8 < varied.until_done(**ahead) < 4.0
 
 
+def test_doubt_brings_every_estimate_down() -> None:
+    pace = Pace()
+    for number in range(60):  # small and full batches by turns
+        pace.add(0.1 if number % 2 else 1.1)
+    assert pace.until_done(batches=4, running=[], replicas=1) > 4.0
+    for _ in range(40):
+        pace.doubt()
+    assert pace.until_done(batches=4, running=[], replicas=1) < 0.01
+
+
 def test_batches_until_a_new_sample_is_done() -> None:
     def calls(items: int, units: int, count: int, groups: int, *, groupwise: bool = False) -> int:
         return batches_until(items, units, count=count, groups=groups, batch_size=4, groupwise=groupwise)

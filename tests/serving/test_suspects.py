@@ -1,5 +1,9 @@
 """A sample that ends its worker is found, and costs the others one more try and the model nothing."""
 
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,10 @@ def picture(level: int) -> Sample:
     return Sample(prompt="a", image=np.full((2, 2, 3), level, np.uint8))
 
 
+def accuse(suspects: Suspects, units: Sequence[Sequence[Sample]]) -> bool:
+    return asyncio.run(suspects.accuse(units))
+
+
 async def recovered(model: ServedModel) -> None:
     """Wait until a lost worker has been replaced."""
     await until(lambda: model.state == "LOADING")
@@ -26,13 +34,13 @@ def test_suspect_then_guilty_until_forgotten() -> None:
     suspects = Suspects(clock=lambda: now)
     first, second = [picture(1)], [picture(2)]
     assert suspects.standing(first) == "free"
-    assert not suspects.accuse([first, second])
+    assert not accuse(suspects, [first, second])
     assert suspects.standing(first) == suspects.standing(second) == "suspect"
     assert suspects.standing([picture(3)]) == "free"
-    assert not suspects.accuse([first, second])  # not alone
+    assert not accuse(suspects, [first, second])  # not alone
     suspects.acquit(second)
     assert suspects.standing(second) == "free"
-    assert suspects.accuse([first])
+    assert accuse(suspects, [first])
     assert suspects.standing(first) == "guilty"
     now = KEPT_SECONDS
     assert suspects.standing(first) == "free"
@@ -40,11 +48,11 @@ def test_suspect_then_guilty_until_forgotten() -> None:
 
 def test_everything_that_the_model_sees_counts() -> None:
     suspects = Suspects()
-    suspects.accuse([[Sample(prompt="a", meta={"b": 1})]])
+    accuse(suspects, [[Sample(prompt="a", meta={"b": 1})]])
     assert suspects.standing([Sample(prompt="a", meta={"b": 1})]) == "suspect"
     for other in (Sample(prompt="a"), Sample(prompt="b", meta={"b": 1}), Sample(prompt="a", meta={"b": 2})):
         assert suspects.standing([other]) == "free"
-    suspects.accuse([[picture(1), picture(2)]])  # a group
+    accuse(suspects, [[picture(1), picture(2)]])  # a group
     assert suspects.standing([picture(1), picture(2)]) == "suspect"
     assert suspects.standing([picture(1)]) == suspects.standing([picture(2), picture(1)]) == "free"
 
@@ -134,9 +142,9 @@ def test_nothing_is_kept_of_what_is_forgotten(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tiltflow.serving.suspects.KEPT", 3)
     suspects = Suspects()
     samples = [[Sample(prompt=str(number))] for number in range(5)]
-    suspects.accuse(samples)
+    accuse(suspects, samples)
     assert [suspects.standing(sample) for sample in samples] == ["free"] * 2 + ["suspect"] * 3
-    suspects.accuse(samples[4:])
+    accuse(suspects, samples[4:])
     for sample in samples:
         suspects.acquit(sample)
     assert not suspects._known and not suspects._glances  # pyright: ignore[reportPrivateUsage]
@@ -154,3 +162,54 @@ def test_killers_one_after_the_other_do_not_fail_a_model_that_has_worked() -> No
             assert [answer.score for answer in answers[2:]] == [3.0, 4.0]
 
     run(test())
+
+
+@dataclass(frozen=True)
+class Watched(Sample):
+    """Notes the threads in which it is read."""
+
+    threads: list[int] = field(default_factory=list[int])
+
+    @property
+    def digest(self) -> bytes:
+        if not self._digest:
+            self.threads.append(threading.get_ident())
+        return super().digest
+
+
+def test_large_samples_are_read_beside_the_loop_and_once() -> None:
+    async def test() -> None:
+        def made(prompt: str) -> Watched:
+            return Watched(prompt=prompt, image=np.zeros((2048, 1024, 3), np.uint8))
+
+        first, again, other = ([made(prompt) for prompt in prompts] for prompts in (("die", "1"), ("die", "1"), ("2",)))
+        async with serving(batch_pixels=2**22) as model:
+            await model.recognize(first)
+            assert [sample.threads for sample in first] == [[], []]  # nothing is suspected
+            assert codes(await ask(model, first)) == ["worker_lost"] * 2
+            await recovered(model)
+            await model.recognize([*again, *other])
+            assert codes(await ask(model, [*other, *reversed(again)])) == ["", "", "scorer_error"]
+            await recovered(model)
+        for sample in (*first, *again):
+            assert len(sample.threads) == 1 and threading.get_ident() not in sample.threads
+        assert other[0].threads == []
+
+    run(test())
+
+
+def test_the_digest_knows_every_value() -> None:
+    image = (np.arange(24) / 24).astype(np.float32).reshape(3, 2, 4)
+    whole = Sample(image=image)
+    assert whole.digest == Sample(image=image.copy()).digest == Sample(image=np.asfortranarray(image)).digest
+    changed = image.copy()
+    changed[1, 1, 2] += 1e-6
+    others = [
+        Sample(image=changed),
+        Sample(image=image.reshape(3, 4, 2)),
+        Sample(video=image),
+        Sample(condition_images=[image]),
+        Sample(image=np.zeros((0, 4, 3), np.uint8)),
+        Sample(),
+    ]
+    assert len({whole.digest, *(other.digest for other in others)}) == 1 + len(others)

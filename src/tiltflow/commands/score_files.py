@@ -12,7 +12,7 @@ from typing import Any
 from tiltflow.data.images import ImageFile
 from tiltflow.errors import ConfigError, DataError
 from tiltflow.rewards import RewardArguments
-from tiltflow.runtime.files import write_atomically
+from tiltflow.runtime.files import write_atomically, write_error
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -84,10 +84,18 @@ class PartFile:
         return rows[:whole]
 
     def append(self, rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Add rows to the file and return them."""
+        """Add rows to the file and return them.
+
+        Raises:
+            CheckpointError: The system refused.
+        """
         new = [] if self._path.exists() else [self._head]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in (*new, *rows)))
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in (*new, *rows))
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(self._path.name, self._path.parent, error) from error
         return rows
 
     def remove(self) -> None:

@@ -1,10 +1,8 @@
 """One exchange with a reward server over HTTP, and what it means when that fails."""
 
 import contextlib
-import email.utils
 import importlib
 import json
-import math
 import os
 import threading
 import time
@@ -19,6 +17,7 @@ import tiltflow
 from tiltflow.errors import RewardError
 from tiltflow.rewards.endpoints import Verdict
 from tiltflow.rewards.payload import Parcel
+from tiltflow.rewards.tries import asked_pause
 from tiltflow.serving import wire
 
 if TYPE_CHECKING:
@@ -306,17 +305,7 @@ def _pause(answer: _Answer, told: wire.ErrorBody | None) -> float | None:
     """Return for how many seconds a server asks to be left alone."""
     if told is not None and told.retry_after_ms is not None:
         return max(0.0, told.retry_after_ms / 1000)
-    text = answer.headers.get("retry-after")
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
-            return None  # neither form of the header: it asks for nothing that could be honoured
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+    return asked_pause(answer.headers)
 
 
 def _remedy(status: int) -> str:

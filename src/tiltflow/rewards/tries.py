@@ -115,7 +115,7 @@ class Tries:
         elif not isinstance(error, self._openai.APIConnectionError):
             return None
         own = min(FIRST_PAUSE * 2.0 ** min(made - 1, 10), LONGEST_PAUSE) * self._random.uniform(0.75, 1.0)
-        return _asked_pause(headers) or own
+        return asked_pause(headers) or own
 
 
 def causes(error: BaseException) -> str:
@@ -126,7 +126,7 @@ def causes(error: BaseException) -> str:
     return line if len(line) <= TOLD else f"{line[:TOLD]}..."
 
 
-def _asked_pause(headers: Mapping[str, str]) -> float | None:
+def asked_pause(headers: Mapping[str, str]) -> float | None:
     """Return for how many seconds a server asks to be left alone, or None."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         text = headers.get(name)
@@ -137,7 +137,7 @@ def _asked_pause(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             try:
                 seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue  # neither form of the header: it asks for nothing that could be honoured
         if math.isfinite(seconds):
             return max(0.0, seconds)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tiltflow.errors import CheckpointError, ConfigError
-from tiltflow.runtime.files import sync, system_error, write_atomically, write_error
+from tiltflow.runtime.files import exchange, sync, system_error, write_atomically, write_error
 from tiltflow.runtime.state import flatten_state, load_state, load_tensors, save_state, save_tensors, unflatten_state
 from tiltflow.types import Config
 
@@ -177,16 +177,8 @@ class CheckpointStore:
                 os.rename(path, name)
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        # A folder cannot be renamed over a full one: the old one steps aside under a name that `latest` also reads.
-        aside = self.directory / f".{final.name}.replaced"
-        if final.exists():
-            os.rename(final, aside)
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            if aside.exists():
-                os.rename(aside, final)
-            raise
+        aside = self.directory / f".{final.name}.replaced"  # a name that `latest` also reads
+        exchange(final, temporary, former=aside)
         link = self.directory / ".latest.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)

@@ -86,30 +86,50 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends well, and vanishes otherwise.
 
+    After a kill between the two renames the old folder is `.NAME.former`; the next call puts it back first.
+
     Raises:
         CheckpointError: The system refused; the old folder is untouched.
     """
     temporary, former = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "former"))
     try:
-        for leftover in (temporary, former):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if former.exists():
+            os.rename(former, temporary if path.exists() else path)
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         mode = temporary.stat().st_mode & 0o666  # what the umask gives; safetensors narrows it
         for file in (file for file in temporary.rglob("*") if file.is_file()):
             file.chmod(mode)
             sync(file)
-        if path.exists():
-            os.rename(path, former)
-        os.rename(temporary, path)
+        exchange(path, temporary, former=former)
         sync(path.parent)
-        shutil.rmtree(former, ignore_errors=True)
+        if former.exists():
+            os.rename(former, temporary)  # so that a kill half-way leaves no folder with holes to be put back
+            shutil.rmtree(temporary, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = system_error(error)
         if reason is None:
             raise
         raise write_error(path.name, path.parent, reason) from error
+
+
+def exchange(path: Path, new: Path, *, former: Path) -> None:
+    """Move a folder to `path`, and what is there to `former`: a folder cannot be renamed over a full one.
+
+    Raises:
+        OSError: The system refused; the old folder is at its place.
+    """
+    try:
+        if path.exists():
+            os.rename(path, former)
+        os.rename(new, path)
+    except BaseException:
+        if former.exists() and not path.exists():
+            os.rename(former, path)
+        raise
 
 
 def system_error(error: BaseException | None) -> OSError | None:

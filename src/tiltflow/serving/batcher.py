@@ -249,6 +249,7 @@ class Pace:
     def doubt(self) -> None:
         """Believe less in an estimate that keeps a model from work which has nothing else to do."""
         self.seconds *= DOUBT
+        self._spread *= DOUBT
 
     def until_done(self, *, batches: int, running: Sequence[float], replicas: int) -> float:
         """Estimate the seconds until a sample that comes now is scored, so that 99 of 100 take less.

@@ -26,6 +26,7 @@ KNOWN_PATHS: Final = (*OPEN_PATHS, "/v1/score", "/v1/models", "/metrics", "/comp
 RETRY_MS: Final = 1000
 LINGER_SECONDS: Final = 1.0  # for a client that still sends what was refused
 LINGER_BYTES: Final = 16 * 2**20
+SENT: Final = "sent"  # of a request's state: the bytes of its reply so far
 UNWATCHED_SECONDS: Final = 0.02  # most requests are answered by then, and need nobody to watch their connection
 _ID: Final = ID_HEADER.lower().encode()
 _LENGTH_DIGITS: Final = 18
@@ -139,7 +140,7 @@ class Body:
         chunks: list[bytes] = []
         size = 0
         start = anyio.current_time()
-        with anyio.CancelScope(deadline=start + self._seconds(self._declared)) as scope:
+        with anyio.CancelScope(deadline=start + self._limits.seconds_for(self._declared)) as scope:
             while not self.finished:
                 message = await self._receive()
                 if message["type"] == "http.disconnect":
@@ -152,16 +153,13 @@ class Body:
                     raise self._too_large(f"more than {self._limits.body_bytes} bytes came")
                 if self._chunked:
                     self.hold(len(chunk))
-                    scope.deadline = start + self._seconds(size)
+                    scope.deadline = start + self._limits.seconds_for(size)
                 chunks.append(chunk)
                 self.finished = not message.get("more_body", False)
         if scope.cancelled_caught:
             message = f"{size} bytes of the body came in {anyio.current_time() - start:.1f} s; send it sooner"
             raise WireError("body_timeout", message)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _seconds(self, size: int) -> float:
-        return self._limits.body_seconds + size / 2**20
 
     def _too_large(self, why: str) -> WireError:
         return WireError("payload_too_large", f"{why}; a body may have {self._limits.body_bytes}; send fewer items")
@@ -203,6 +201,7 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"] = told if _PLAIN_ID.fullmatch(told) else next(self._ids)
         state["start"] = time.monotonic()
+        state[SENT] = 0
         body = Body(headers, receive, limits=self._limits, budget=self._budget)
         state["hold"] = body.hold
 
@@ -221,6 +220,7 @@ class Guard:
             body.release()
 
     async def _send(self, scope: Scope, body: Body, send: Send, message: Message) -> None:
+        scope["state"][SENT] += len(message.get("body", b""))
         if message["type"] == "http.response.start":
             path = scope["path"]
             route = path if path in KNOWN_PATHS else "/v1/models/{name}" if path.startswith("/v1/models/") else "other"

@@ -1,5 +1,7 @@
 """What the HTTP process hands to a model's worker process, and what comes back."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -7,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tiltflow.serving.wire import ModelInfo, Pixels, WireError
+
+THREAD_BYTES = 4 * 2**20  # more is copied or read in a thread: the loop has other clients
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Sample:
     condition_videos: Sequence[Pixels] | None = None
     meta: Mapping[str, Any] | None = None
     group: str | None = None  # unique over all requests; a groupwise model gets all samples of one group in one call
+    _digest: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     @property
     def media(self) -> list[Pixels]:
@@ -44,6 +49,19 @@ class Sample:
     def nbytes(self) -> int:
         """Return the bytes of all arrays."""
         return sum(array.nbytes for array in self.media)
+
+    @property
+    def digest(self) -> bytes:
+        """Return a digest of everything that the model sees of the sample; it is computed once."""
+        if not self._digest:
+            found = hashlib.blake2b(digest_size=16)
+            shapes = [(array.dtype.str, array.shape) for array in self.media]
+            told = [self.prompt, self.meta, repr(self.shape_key), repr(shapes)]
+            found.update(json.dumps(told, sort_keys=True, default=repr).encode())
+            for array in self.media:
+                found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            object.__setattr__(self, "_digest", found.digest())
+        return self._digest
 
     @property
     def shape_key(self) -> tuple[Any, ...]:

@@ -178,7 +178,7 @@ class Lane:
                 parts.extendleft(_halves(part))
             else:
                 if answer.kind in self._incriminating and answer.begun:
-                    answer = self._accuse(part, answer)
+                    answer = await self._accuse(part, answer)
                 self._fail(part, answer)
 
     @property
@@ -190,9 +190,9 @@ class Lane:
         samples = [entry.sample for entry in part]
         return [samples] if self._whole else [[sample] for sample in samples]
 
-    def _accuse(self, part: Sequence[Entry], answer: Answer) -> Answer:
+    async def _accuse(self, part: Sequence[Entry], answer: Answer) -> Answer:
         """Note whom the worker died with; one that was to blame for sure gets an answer that is final."""
-        if not self._suspects.accuse(self._samples(part)):
+        if not await self._suspects.accuse(self._samples(part)):
             return answer
         self._replica.excuse()
         return Answer("scorer_error", f"{answer.message}; it is the second time with this sample, and it was alone")

@@ -128,6 +128,15 @@ class ServedModel:
         await asyncio.gather(*(lane.stop(refusal, seconds=EXIT_SECONDS) for lane in self._lanes))
         self._refuse_all(refusal)
 
+    async def recognize(self, samples: Sequence[Sample]) -> None:
+        """Read samples that look like those which ended a worker, before `submit` has to do it at once."""
+        if not self._suspects:
+            return
+        units: dict[object, list[Sample]] = {}
+        for place, sample in enumerate(samples):
+            units.setdefault(sample.group if self.info.groupwise else place, []).append(sample)
+        await self._suspects.recognize(list(units.values()))
+
     def submit(
         self, samples: Sequence[Sample], *, deadline: float, priority: int = 0
     ) -> "list[asyncio.Future[Scored]]":

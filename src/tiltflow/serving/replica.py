@@ -19,7 +19,7 @@ from typing import Any
 
 from tiltflow.serving import worker
 from tiltflow.serving.frames import Frames, frame
-from tiltflow.serving.jobs import Sample, ScorerSource
+from tiltflow.serving.jobs import THREAD_BYTES, Sample, ScorerSource
 from tiltflow.serving.memory import Arena
 from tiltflow.serving.wire import ModelInfo, WireError
 
@@ -32,8 +32,6 @@ PONG_SECONDS = 10.0  # it has to answer
 EXIT_SECONDS = 2.0  # for a process whose model could not be made to end by itself
 LAST_SECONDS = 0.5  # for a process that has closed its socket to end, so that its own exit code is told
 REAP_SECONDS = 5.0  # for the kernel to end a killed process
-
-COPY_BYTES = 4 * 2**20  # more is copied in a thread: the loop has other clients
 
 LOST = "worker_lost"
 OVERDUE = "deadline_exceeded"
@@ -128,7 +126,7 @@ class Process:
         """
         metas = [None if sample.meta is None else dict(sample.meta) for sample in samples]
         put = partial(self._arena.put, samples)
-        if sum(sample.nbytes for sample in samples) < COPY_BYTES:
+        if sum(sample.nbytes for sample in samples) < THREAD_BYTES:
             layouts = put()
         else:
             layouts = await asyncio.get_running_loop().run_in_executor(None, put)

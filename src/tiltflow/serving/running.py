@@ -17,6 +17,7 @@ from PIL import Image
 from tiltflow.errors import ConfigError
 from tiltflow.runtime.malloc import keep_memory
 from tiltflow.serving.app import create_app
+from tiltflow.serving.guard import SENT
 from tiltflow.serving.jobs import ScorerSource
 from tiltflow.serving.metrics import Metrics
 from tiltflow.serving.models import LOAD_SECONDS, ServedModel
@@ -89,11 +90,12 @@ def run_server(specs: Sequence[ModelSpec], settings: ServerSettings, *, note: st
 
 
 class _Http(uvicorn.Server):
-    """uvicorn, which also closes connections that never finish the headers of a request."""
+    """uvicorn, which also closes connections that never finish the headers of a request, or do not read their reply."""
 
-    def __init__(self, config: uvicorn.Config, at_exit: Callable[[], Coroutine[Any, Any, None]]):
+    def __init__(self, config: uvicorn.Config, at_exit: Callable[[], Coroutine[Any, Any, None]], *, limits: Limits):
         super().__init__(config)
         self._at_exit = at_exit
+        self._limits = limits
         self._house: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
@@ -102,6 +104,7 @@ class _Http(uvicorn.Server):
 
     async def _keep_house(self) -> None:
         waits: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # connection -> since when it owes us headers
+        unread: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # request -> seconds that its reply was not taken
         while not self.should_exit:
             now = time.monotonic()
             connections: list[Any] = list(self.server_state.connections)  # of one of the two classes of HTTP
@@ -110,6 +113,11 @@ class _Http(uvicorn.Server):
                     waits.pop(connection, None)
                 elif now - waits.setdefault(connection, now) > HEADER_SECONDS:
                     connection.transport.close()
+                if connection.cycle is not None and connection.transport.get_write_buffer_size():
+                    unread[connection.cycle] = unread.get(connection.cycle, 0.0) + TICK_SECONDS
+                    sent = connection.cycle.scope["state"].get(SENT, 0)
+                    if unread[connection.cycle] > self._limits.seconds_for(sent):
+                        connection.transport.abort()  # to close it would wait for the client
             await asyncio.sleep(TICK_SECONDS)
         await self._at_exit()
 
@@ -156,6 +164,7 @@ class _Server:
                 timeout_graceful_shutdown=int(settings.drain_seconds) + LAST_SECONDS,
             ),
             self._end_in_time,
+            limits=limits,
         )
 
     def run(self, found: Any) -> None:

@@ -12,9 +12,11 @@ from typing import Any, Final, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tiltflow.serving.guard import finish_or_gone, read_body
 from tiltflow.serving.idempotency import Replies, Reply
+from tiltflow.serving.jobs import Sample
 from tiltflow.serving.models import ServedModel
 from tiltflow.serving.prometheus import HttpMetrics
 from tiltflow.serving.rendering import dump
@@ -135,6 +137,8 @@ class Service:
 
     async def _score(self, parsed: Parsed, deadline: float, emit: Emit | None) -> Outcome:
         chosen = choose(self.models, parsed.request.models)
+        for model in chosen:
+            await model.recognize([sample for sample in parsed.samples if isinstance(sample, Sample)])
         results: dict[int, dict[str, Any]] = {}
         with Scoring(chosen, parsed, deadline=deadline) as scoring:
             async for index in scoring.finished():
@@ -164,7 +168,7 @@ class Service:
         except BaseException:
             stack.close()
             raise
-        return StreamingResponse(_lines(first, lines, task, stack, context.id), media_type=NDJSON)
+        return Stream(_lines(first, lines, task, context.id), work=stack)
 
     async def _digest(self, context: Context, body: bytes, content_type: str) -> bytes:
         if context.key is None:
@@ -183,30 +187,42 @@ class Service:
         return min(int(told[:18]) / 1000, self.limits.longest_request_seconds)
 
 
+class Stream(StreamingResponse):
+    """Lines whose work ends with them, also where the client is gone before the first one is asked for."""
+
+    def __init__(self, lines: AsyncIterator[bytes], *, work: ExitStack):
+        """Take over the lines, and what is to be closed behind them."""
+        super().__init__(lines, media_type=NDJSON)
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the lines."""
+        with self._work:
+            await super().__call__(scope, receive, send)
+
+
 async def _lines(
     first: Mapping[str, Any] | None,
     lines: "asyncio.Queue[Mapping[str, Any] | None]",
     task: "asyncio.Future[Reply]",
-    stack: ExitStack,
     request_id: str,
 ) -> AsyncIterator[bytes]:
     """Yield the lines of a stream; only a last one with `done` makes it whole."""
-    with stack:
-        line, told = first, 0
-        while line is not None:
-            yield dump(line) + b"\n"
-            told += 1
-            line = await lines.get()
-        try:
-            reply = task.result()
-        except WireError as error:
-            yield dump({"error": error.body(request_id)}) + b"\n"
-            return
-        content = json.loads(reply.body)
-        results = content.pop("results")
-        for result in results[told:]:  # all of them, where another request did the work
-            yield dump(result) + b"\n"
-        yield dump({"done": True, **content} if reply.status == 200 else content) + b"\n"
+    line, told = first, 0
+    while line is not None:
+        yield dump(line) + b"\n"
+        told += 1
+        line = await lines.get()
+    try:
+        reply = task.result()
+    except WireError as error:
+        yield dump({"error": error.body(request_id)}) + b"\n"
+        return
+    content = json.loads(reply.body)
+    results = content.pop("results")
+    for result in results[told:]:  # all of them, where another request did the work
+        yield dump(result) + b"\n"
+    yield dump({"done": True, **content} if reply.status == 200 else content) + b"\n"
 
 
 def _digest(body: bytes, content_type: str) -> bytes:

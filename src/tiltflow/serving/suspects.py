@@ -4,15 +4,15 @@ A client that gets `worker_lost` sends the same samples again. Without a memory 
 would take the others down with it every time, and after three times the model.
 """
 
+import asyncio
 import hashlib
-import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from tiltflow.serving.jobs import Sample
+from tiltflow.serving.jobs import THREAD_BYTES, Sample
 
 KEPT: Final = 4096  # suspects at a time; the oldest are forgotten
 KEPT_SECONDS: Final = 600.0
@@ -37,14 +37,25 @@ class Suspects:
         self._known: OrderedDict[bytes, _Record] = OrderedDict()  # by digest, the oldest first
         self._glances: Counter[int] = Counter()  # of those known: what looks different need not be read
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def standing(self, samples: Sequence[Sample]) -> Standing:
         """Return what is known about a sample, or a group."""
-        if not self._glances or _glance(samples) not in self._glances:
+        if not self._looks_known(samples):
             return "free"
         record = self._known.get(_digest(samples))
         return record.standing if record is not None and self._clock() < record.until else "free"
 
-    def accuse(self, units: Sequence[Sequence[Sample]]) -> bool:
+    async def recognize(self, units: Sequence[Sequence[Sample]]) -> None:
+        """Read what looks like a suspect beforehand, in a thread where it is large: then `standing` only looks it up.
+
+        Args:
+            units: Samples, or groups.
+        """
+        await _read([sample for unit in units if self._looks_known(unit) for sample in unit])
+
+    async def accuse(self, units: Sequence[Sequence[Sample]]) -> bool:
         """Note that the worker of a call did not survive it.
 
         Args:
@@ -53,6 +64,7 @@ class Suspects:
         Returns:
             Whether it is certain now which one was to blame: one that was alone and suspect already.
         """
+        await _read([sample for unit in units for sample in unit])
         now = self._clock()
         guilty = len(units) == 1 and self.standing(units[0]) != "free"
         for unit in units:
@@ -68,6 +80,9 @@ class Suspects:
         """Note that a call with a sample, or a group, went well."""
         if self.standing(samples) != "free":
             self._forget(_digest(samples))
+
+    def _looks_known(self, samples: Sequence[Sample]) -> bool:
+        return bool(self._glances) and _glance(samples) in self._glances
 
     def _forget(self, digest: bytes) -> None:
         record = self._known.pop(digest, None)
@@ -85,11 +100,10 @@ def _glance(samples: Sequence[Sample]) -> int:
 
 def _digest(samples: Sequence[Sample]) -> bytes:
     """Return a digest of everything that the model sees of the samples."""
-    found = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        shapes = [(array.dtype.str, array.shape) for array in sample.media]
-        told = [sample.prompt, sample.meta, repr(sample.shape_key), repr(shapes)]
-        found.update(json.dumps(told, sort_keys=True, default=repr).encode())
-        for array in sample.media:
-            found.update(array.tobytes())
-    return found.digest()
+    return hashlib.blake2b(b"".join(sample.digest for sample in samples), digest_size=16).digest()
+
+
+async def _read(samples: Sequence[Sample]) -> None:
+    """Digest samples in a thread, where they are large."""
+    if sum(sample.nbytes for sample in samples) >= THREAD_BYTES:
+        await asyncio.get_running_loop().run_in_executor(None, lambda: [sample.digest for sample in samples])

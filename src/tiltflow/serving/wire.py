@@ -171,7 +171,7 @@ class ErrorBody(Reply):
     code: str
     message: str
     retryable: bool = False
-    retry_after_ms: int | None = None
+    retry_after_ms: int | None = Field(default=None, ge=-(2**53), le=2**53)  # JSON knows larger ones, floats may not
     param: str | None = None
     request_id: str | None = None
 
@@ -199,12 +199,16 @@ class Limits(BaseModel):
     decoded_bytes: int = 512 * 2**20  # per request
     inflight_bytes: int = 2**30  # declared or received bodies of all requests
     queue_items: int = 1024  # per model
-    body_seconds: float = 10.0  # to receive a body, and one more for each MiB
+    body_seconds: float = 10.0  # to receive a body, or for a client to read a reply, and one more for each MiB
     request_seconds: float = 60.0  # where the client gives no deadline
     longest_request_seconds: float = 600.0
     prompt_bytes: int = 65_536
     json_depth: int = 32
     connections: int = 512
+
+    def seconds_for(self, size: int) -> float:
+        """Return how long so many bytes may be on their way."""
+        return self.body_seconds + size / 2**20
 
 
 class ModelInfo(Reply):

@@ -9,8 +9,6 @@ with the caption c replaced by the empty one now and then, so that classifier-fr
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +27,7 @@ from tiltflow.policies.model_card import machine, model_card
 from tiltflow.policies.sd3 import load_pipeline
 from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compact, text_embeddings
 from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
-from tiltflow.runtime.files import make_folder, system_error, write_atomically, write_error
+from tiltflow.runtime.files import make_folder, replacing_folder, write_atomically
 from tiltflow.runtime.randomness import generator
 from tiltflow.types import Beta, Config
 
@@ -124,26 +122,12 @@ def pretrain(config: PretrainConfig, *, log: Log) -> Path:
 
 
 def _publish(pipe: Any, phases: list[dict[str, Any]], card: str, run_dir: Path) -> Path:
-    """Write the finished model beside its place and move it there whole; return its folder."""
-    final, temporary, former = (run_dir / name for name in ("model", ".model.tmp", ".model.former"))
-    try:
-        for leftover in (temporary, former):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        save_compact(pipe, temporary)
-        (temporary / PHASES_FILE).write_text(json.dumps(phases, indent=1))
-        (temporary / "README.md").write_text(card)
-        if final.exists():
-            os.rename(final, former)
-        os.rename(temporary, final)
-        if former.exists():
-            shutil.rmtree(former)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = system_error(error)
-        if reason is None:
-            raise
-        raise write_error("the finished model", run_dir, reason) from error
+    """Write the finished model whole or not at all; return its folder."""
+    final = run_dir / "model"
+    with replacing_folder(final) as folder:
+        save_compact(pipe, folder)
+        (folder / PHASES_FILE).write_text(json.dumps(phases, indent=1))
+        (folder / "README.md").write_text(card)
     return final
 
 

@@ -1,10 +1,12 @@
 """What a server must not swallow: bodies that are slow, large or many, and pictures that unfold."""
 
 import io
+import json
 import select
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from tests.serving.http.servers import Server, at_once, b64, codes, faulty, picture, scores
 from tiltflow.serving.guard import Body, ByteBudget
-from tiltflow.serving.wire import SAFETENSORS, Limits, WireError
+from tiltflow.serving.wire import JSON, NDJSON, SAFETENSORS, Limits, WireError
 
 MIB = 2**20
 LIMITS = {
@@ -294,6 +296,52 @@ def test_an_item_that_is_more_than_one_call_takes_fails_alone() -> None:
         groups = [{"prompt": "4", "image": b64(picture(side=20)), "group_id": name} for name in "aabbba"]
         answer = server.post("/v1/score", {"items": [*groups, {**groups[0], "group_id": "c"}]})
         assert codes(answer) == ["invalid_item"] * 6 + ["ok"]
+
+
+def ask_for_much(server: Server, accept: str) -> socket.socket:
+    """Ask for a reply of 6 MiB, more than the two kernels keep, and read nothing of it."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", server.port))
+    body = json.dumps({"items": [{"prompt": "4", "id": "x" * (MIB // 2)} for _ in range(12)]}).encode()
+    connection.sendall(head(f"Content-Length: {len(body)}", more=f"Accept: {accept}\r\nConnection: close\r\n") + body)
+    return connection
+
+
+def rest(connection: socket.socket) -> int:
+    """Read to the end and return how many bytes came."""
+    size = 0
+    while chunk := connection.recv(MIB):
+        size += len(chunk)
+    return size
+
+
+def is_established(connection: socket.socket) -> bool:
+    """Tell whether the other end, on this machine, is open."""
+    port = f":{connection.getsockname()[1]:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(peer.endswith(port) and state == "01" for _, _, peer, state, *_ in rows)
+
+
+@pytest.mark.parametrize("accept", [JSON, NDJSON])
+def test_a_client_that_does_not_read_its_reply_is_dropped(server: Server, accept: str) -> None:
+    with ask_for_much(server, accept) as connection:
+        start = time.monotonic()
+        while is_established(connection):
+            assert time.monotonic() - start < 40
+            time.sleep(0.1)
+        assert time.monotonic() - start > 1.0
+        assert rest(connection) < 6 * MIB
+    assert server.score(["4"]).status == 200
+    assert b"tiltflow_inflight_bytes 0.0" in server.get("/metrics").body
+
+
+@pytest.mark.parametrize("accept", [JSON, NDJSON])
+def test_a_client_may_take_its_time_to_read(server: Server, accept: str) -> None:
+    with ask_for_much(server, accept) as connection:
+        time.sleep(2.5)  # of seven
+        assert rest(connection) > 6 * MIB
 
 
 @pytest.mark.slow
