@@ -134,7 +134,7 @@ class Media:
         if not tensors:
             return self._picture(name, row)
         parts = getattr(self, name)[row]
-        return torch.stack(list(parts)) if parts and len({part.shape for part in parts}) == 1 else list(parts)
+        return torch.stack(list(parts)) if len({part.shape for part in parts}) == 1 else list(parts)
 
     def _picture(self, name: str, row: int) -> Any:
         key = (name, row)

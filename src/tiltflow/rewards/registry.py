@@ -61,7 +61,7 @@ def reward_class(name: str) -> type[RewardModel]:
         )
     try:
         contents = vars(import_module(module))
-    except Exception as error:  # the user's module may fail in any way while it is imported
+    except (Exception, SystemExit) as error:  # the user's module may fail in any way while it is imported
         raise RewardError(
             f"reward_model={name!r}: {module or '(no module)'} cannot be imported: {type(error).__name__}: {error}; "
             "the folder that holds it must be installed or on PYTHONPATH"
@@ -160,7 +160,7 @@ def build_reward_model(arguments: RewardArguments, accelerator: Any = None) -> R
         return cls(arguments, accelerator)
     except TiltflowError:
         raise
-    except Exception as error:  # a constructor may fail in any way: no memory, no file, no network, a mistake
+    except (Exception, SystemExit) as error:  # it may fail in any way: no memory, no file, no network, a mistake
         raise RewardError(f"reward {arguments.name!r} cannot be built: {type(error).__name__}: {error}") from error
 
 
