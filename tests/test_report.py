@@ -231,8 +231,16 @@ def test_every_evaluated_reward_has_a_chart_of_its_own(tmp_path: Path) -> None:
 def test_what_is_held_out_is_known_by_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(REWARDS)
     assert held_out(read_run(tmp_path)) == {"same": False, "pick": True, "hps": True}
+    (tmp_path / "config.yaml").write_text(
+        REWARDS.replace(
+            "name: same, reward_model: PickScore, weight: 1.0, options: {}", "name: same, reward_model: PickScore_Rank"
+        )
+    )
+    assert held_out(read_run(tmp_path)) == {"same": False, "pick": True, "hps": True}  # as ranks
     (tmp_path / "config.yaml").write_text(REWARDS.partition("eval_rewards")[0])
     assert held_out(read_run(tmp_path)) == {"pick": False, "watched": True}  # of weight 0
+    (tmp_path / "config.yaml").write_text("rewards: [{name: 1}]")
+    assert held_out(read_run(tmp_path)) == {}
     (tmp_path / "config.yaml").write_text("rewards: 3")
     assert held_out(read_run(tmp_path)) == {}
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from tiltflow import evaluation
 from tiltflow.errors import DataError
 from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference
+from tiltflow.rewards import RewardArguments
 from tiltflow.runtime.tracking import read_jsonl
 
 GLOSSES = {
@@ -194,11 +197,17 @@ def evaluation_curves(run: Run) -> dict[str, list[str]]:
 
 
 def held_out(run: Run) -> dict[str, bool]:
-    """Tell for each evaluated reward of the config (its name in lower case) whether it is not trained on."""
-    entries = _entries(run, "rewards")
-    trained = [_substance(entry) for entry in entries if entry.get("weight") != 0]
-    measured = _entries(run, "eval_rewards") or entries
-    return {str(entry.get("name")).lower(): _substance(entry) not in trained for entry in measured}
+    """Tell for each evaluated reward of the config (its name in lower case) whether it is not trained on.
+
+    Empty where the config's entries cannot be read.
+    """
+    try:
+        trained = _entries(run, "rewards")
+        measured = _entries(run, "eval_rewards") or trained
+    except ValidationError:
+        return {}
+    names = evaluation.held_out(measured, trained)
+    return {entry.name.lower(): entry.name in names for entry in measured}
 
 
 def pairs(run: Run, *, limit: int) -> list[Pair]:
@@ -317,11 +326,6 @@ def _is_between(key: str, prefix: str, suffix: str) -> bool:
     return key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
 
 
-def _entries(run: Run, key: str) -> list[dict[str, Any]]:
+def _entries(run: Run, key: str) -> list[RewardArguments]:
     entries = run.settings.get(key)
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
-def _substance(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes an entry of rewards another reward, whatever its name."""
-    return {key: entry.get(key) for key in ("reward_model", "options", "dtype", "device")}
+    return [RewardArguments.model_validate(entry) for entry in entries] if isinstance(entries, list) else []

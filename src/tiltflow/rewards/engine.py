@@ -47,6 +47,7 @@ class RewardEngine:
         self.rewards = tuple(rewards)
         self.names = tuple(names)
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        self.keys = tuple(map(identity, rewards))
         self.shared = shared_entries(rewards)
         self.models = {key: factory(entry) for key, entry in self.shared.items()}
 
@@ -157,8 +158,8 @@ class Scoring:
 
     def _merge(self, outcomes: dict[str, Outcome]) -> RewardTable:
         columns, failures, extra = [], [], {}
-        for reward in self._engine.rewards:
-            outcome = outcomes[identity(reward)]
+        for reward, key in zip(self._engine.rewards, self._engine.keys, strict=True):
+            outcome = outcomes[key]
             columns.append(outcome.scores)
             failures += [RewardFailure(reward.name, p.samples, p.kind, p.message) for p in outcome.failures]
             if outcome.extra_info:

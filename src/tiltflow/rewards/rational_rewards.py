@@ -77,6 +77,7 @@ class RationalReward(PointwiseRewardModel):
 
     remote = True
     times_itself = True
+    default_timeout = DEFAULT_TIMEOUT
     packages = ("openai",)
     supported_aspects: ClassVar[tuple[str, ...]]
     default_rubric: ClassVar[str]

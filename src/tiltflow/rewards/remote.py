@@ -87,6 +87,7 @@ class RemoteRewardModel(RewardModel):
 
     remote = True
     times_itself = True
+    default_timeout = DEFAULT_TIMEOUT
     Options = RemoteOptions
     packages = ("httpx2", "stamina")
     groupwise: ClassVar[bool]
