@@ -146,8 +146,9 @@ class RewardModel(ABC):
 
         Every field has one entry per sample. Media are PIL images (a video is a list of them, conditions are lists of
         either), or with `use_tensor_inputs` float tensors in [0, 1]: image `[C, H, W]`, video `[T, C, H, W]`,
-        condition_images `[N, C, H, W]` and condition_videos `[N, T, C, H, W]`, or lists of N where sizes differ. A
-        reward that requires `metadata` takes it as one more keyword, a list of the prompts' metadata.
+        condition_images `[N, C, H, W]` and condition_videos `[N, T, C, H, W]`, or lists of N where sizes differ.
+        Tensors are shared with other rewards: writing to one ends the scoring. A reward that requires `metadata` takes
+        it as one more keyword, a list of the prompts' metadata.
         """
 
 
