@@ -74,13 +74,13 @@ class RewardModel(ABC):
     remote: bool = False  # asks another process or machine, which may be out of reach
     times_itself: bool = False  # keeps to `config.timeout` by itself, request by request
     default_timeout: ClassVar[float | None] = None  # what one that times itself keeps to where the entry has none
+    # What it measures, where several classes measure the same; a subclass that measures something else says so again.
+    measures: ClassVar[str | None] = None
+    scale_options: ClassVar[tuple[str, ...]] = ()  # own options that change the scale of the score and nothing else
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
     option_packages: ClassVar[Mapping[str, str]] = {}  # own option -> optional package that is needed with it alone
     needed_options: ClassVar[tuple[str, ...]] = ()  # own options without which the reward cannot be built
-    # What it measures, where several classes measure the same; a subclass that measures something else says so again.
-    measures: ClassVar[str | None] = None
-    scale_options: ClassVar[tuple[str, ...]] = ()  # own options that change the scale of the score and nothing else
     cpu_only: ClassVar[bool] = False  # computes on the CPU whatever `device` says
 
     def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):
