@@ -16,7 +16,8 @@ from tiltflow.errors import DataError
 from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference, summarise, to_picture
 from tiltflow.report import before_after_picture, save_grid, write_report
 from tiltflow.report.charts import Series, line_chart, log_ticks, nice_ticks, spans_decades, stacked_bar
-from tiltflow.report.contents import held_out, read_run, verdict
+from tiltflow.report.contents import read_run, verdict
+from tiltflow.report.witnesses import held_out
 
 ATTACK = '<script>alert("x")</script>"\'><img src=http://evil.example/x.png>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from tiltflow import evaluation
 from tiltflow.errors import DataError
 from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference
-from tiltflow.rewards import RewardArguments
 from tiltflow.runtime.tracking import read_jsonl
 
 GLOSSES = {
@@ -196,20 +193,6 @@ def evaluation_curves(run: Run) -> dict[str, list[str]]:
     return curves
 
 
-def held_out(run: Run) -> dict[str, bool]:
-    """Tell for each evaluated reward of the config (its name in lower case) whether it is not trained on.
-
-    Empty where the config's entries cannot be read.
-    """
-    try:
-        trained = _entries(run, "rewards")
-        measured = _entries(run, "eval_rewards") or trained
-    except ValidationError:
-        return {}
-    names = evaluation.held_out(measured, trained)
-    return {entry.name.lower(): entry.name in names for entry in measured}
-
-
 def pairs(run: Run, *, limit: int) -> list[Pair]:
     """Return up to `limit` images, spread over all that both evaluations kept (or the only one that kept any)."""
     folder = run.folder / "evaluations"
@@ -324,8 +307,3 @@ def _tag_row(prefix: str, tag: str, summaries: Sequence[Any]) -> TagRow:
 
 def _is_between(key: str, prefix: str, suffix: str) -> bool:
     return key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
-
-
-def _entries(run: Run, key: str) -> list[RewardArguments]:
-    entries = run.settings.get(key)
-    return [RewardArguments.model_validate(entry) for entry in entries] if isinstance(entries, list) else []
