@@ -57,12 +57,12 @@ def test_a_library_that_ends_the_process_is_a_failure_and_does_not(asynchronous:
 
 
 def test_a_reward_that_ends_the_process_while_it_loads_cannot_be_built() -> None:
-    with pytest.raises(RewardError, match="reward 'QuitsWhileLoading' cannot be built: SystemExit: 0"):
+    with pytest.raises(RewardError, match="reward 'QuitsWhileLoading' cannot be built: RuntimeError: SystemExit: 0"):
         build_reward(f"{HERE}.QuitsWhileLoading", device="cpu")
 
 
 def test_a_module_that_ends_the_process_cannot_be_imported(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quits_when_imported.py").write_text("raise SystemExit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RewardError, match="quits_when_imported cannot be imported: SystemExit: 0"):
+    with pytest.raises(RewardError, match="quits_when_imported cannot be imported: RuntimeError: SystemExit: 0"):
         build_reward("quits_when_imported.Mine")

@@ -193,6 +193,12 @@ def evaluation_curves(run: Run) -> dict[str, list[str]]:
     return curves
 
 
+def reward_entries(run: Run, key: str) -> list[Any]:
+    """Return the entries of `rewards` or `eval_rewards` in the config, unchecked."""
+    entries = run.settings.get(key)
+    return entries if isinstance(entries, list) else []
+
+
 def pairs(run: Run, *, limit: int) -> list[Pair]:
     """Return up to `limit` images, spread over all that both evaluations kept (or the only one that kept any)."""
     folder = run.folder / "evaluations"

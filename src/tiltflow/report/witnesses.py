@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from tiltflow import evaluation
-from tiltflow.report.contents import Run
+from tiltflow.report.contents import Run, reward_entries
 from tiltflow.rewards import RewardArguments
 
 
@@ -22,5 +22,4 @@ def held_out(run: Run) -> dict[str, bool]:
 
 
 def _entries(run: Run, key: str) -> list[RewardArguments]:
-    entries = run.settings.get(key)
-    return [RewardArguments.model_validate(entry) for entry in entries] if isinstance(entries, list) else []
+    return [RewardArguments.model_validate(entry) for entry in reward_entries(run, key)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
+from tiltflow.errors import exit_is_error
+
 T = TypeVar("T")
 
 
@@ -67,10 +69,8 @@ class Inline(Generic[T]):
 
     def wait(self, call: Call[T]) -> T:
         """Make the call and return its result, or raise what it raised; a library's sys.exit becomes a RuntimeError."""
-        try:
+        with exit_is_error():
             return call.work()
-        except SystemExit as error:  # it would end the process, and nobody would know why
-            raise RuntimeError(f"SystemExit: {error}") from error
 
     def close(self) -> None:
         """There is nothing to end."""

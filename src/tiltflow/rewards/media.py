@@ -134,6 +134,17 @@ class Media:
         found = {name: [forms[name](row) for row in rows] for name in model.required_fields}
         return found if type(model).__module__.startswith("tiltflow.") else _with_own_pictures(found)
 
+    @staticmethod
+    def writes(fields: Any) -> int:
+        """Return a number that grows when torch writes to a tensor in a nest of them, or to another view of its memory.
+
+        Tensors that were made in inference mode do not count.
+        """
+        if isinstance(fields, Tensor):
+            return 0 if fields.is_inference() else fields._version
+        values = fields.values() if isinstance(fields, dict) else fields if isinstance(fields, list) else ()
+        return sum(map(Media.writes, values))
+
     def _condition(self, name: str, row: int, *, tensors: bool) -> Any:
         """Return one sample's conditions: stacked if they are of one size, else a list; or as pictures."""
         if not tensors:
@@ -171,17 +182,6 @@ def _check_form(name: str, values: Any) -> None:
             raise ValueError(
                 f"{name}: got {value.dtype} {list(value.shape)}; give floating-point tensors {form} in [0, 1]"
             )
-
-
-def writes(fields: Any) -> int:
-    """Return a number that grows when torch writes to a tensor in a nest of them, or to another view of its memory.
-
-    Tensors that were made in inference mode do not count.
-    """
-    if isinstance(fields, Tensor):
-        return 0 if fields.is_inference() else fields._version
-    values = fields.values() if isinstance(fields, dict) else fields if isinstance(fields, list) else ()
-    return sum(map(writes, values))
 
 
 def _with_own_pictures(fields: Any) -> Any:

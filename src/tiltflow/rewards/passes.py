@@ -12,7 +12,7 @@ from torch import Tensor
 from tiltflow.errors import RewardError, UnparsableError
 from tiltflow.rewards.base import GroupwiseRewardModel, RewardArguments, RewardModel, RewardModelOutput
 from tiltflow.rewards.lanes import Call, Inline, Lanes, Runner
-from tiltflow.rewards.media import Media, writes
+from tiltflow.rewards.media import Media
 from tiltflow.types import RewardFailure
 
 
@@ -59,12 +59,12 @@ class Job:
         assert self.media is not None
         fields = self.media.fields(self.model, self.rows)
         self.media = None
-        before = writes(fields)
+        before = Media.writes(fields)
         try:
             with torch.no_grad():
                 return read_output(self.model(**fields), len(self.rows))
         finally:
-            if writes(fields) != before:
+            if Media.writes(fields) != before:
                 raise WrittenMedia(
                     f"the tensors of the samples were written to while reward {self.model.config.name!r} scored them, "
                     "and other rewards look at them too; let it clone() a tensor before it changes it"

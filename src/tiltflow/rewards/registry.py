@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
-from tiltflow.errors import RewardError, TiltflowError
+from tiltflow.errors import RewardError, TiltflowError, exit_is_error
 from tiltflow.rewards.base import (
     FIELDS,
     PROVIDED_FIELDS,
@@ -60,8 +60,9 @@ def reward_class(name: str) -> type[RewardModel]:
             "or give a full Python path (package.module.Class)"
         )
     try:
-        contents = vars(import_module(module))
-    except (Exception, SystemExit) as error:  # the user's module may fail in any way while it is imported
+        with exit_is_error():
+            contents = vars(import_module(module))
+    except Exception as error:  # the user's module may fail in any way while it is imported
         raise RewardError(
             f"reward_model={name!r}: {module or '(no module)'} cannot be imported: {type(error).__name__}: {error}; "
             "the folder that holds it must be installed or on PYTHONPATH"
@@ -157,10 +158,11 @@ def build_reward_model(arguments: RewardArguments, accelerator: Any = None) -> R
     """
     cls = check_reward(arguments)
     try:
-        return cls(arguments, accelerator)
+        with exit_is_error():
+            return cls(arguments, accelerator)
     except TiltflowError:
         raise
-    except (Exception, SystemExit) as error:  # it may fail in any way: no memory, no file, no network, a mistake
+    except Exception as error:  # a constructor may fail in any way: no memory, no file, no network, a mistake
         raise RewardError(f"reward {arguments.name!r} cannot be built: {type(error).__name__}: {error}") from error
 
 
