@@ -4,6 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+@contextmanager
+def exit_is_error() -> Iterator[None]:
+    """Raise a RuntimeError in place of a library's `sys.exit`, which would end the process without a word.
+
+    Raises:
+        RuntimeError: What is within has called `sys.exit`.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+
+
 class TiltflowError(Exception):
     """Base of every error that tiltflow raises on purpose; the command line prints its message without a traceback."""
 
@@ -46,16 +59,3 @@ class UnparsableError(JudgeError):
 
 class RewardOutage(RewardError):
     """Rewards failed so that an epoch was given up, on every process alike; nothing was learnt from it."""
-
-
-@contextmanager
-def exit_is_error() -> Iterator[None]:
-    """Raise a RuntimeError in place of a library's `sys.exit`, which would end the process without a word.
-
-    Raises:
-        RuntimeError: What is within has called `sys.exit`.
-    """
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError(f"SystemExit: {error}") from error
