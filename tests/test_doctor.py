@@ -54,6 +54,23 @@ def test_files_of_which_any_one_will_do(tmp_path: Path, monkeypatch: pytest.Monk
     assert findings["HPSv2"] == "missing: HPS_v2.1_compressed.pt"
 
 
+def test_a_tokenizer_in_the_hub_s_cache_is_not_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo = tmp_path / "cache" / "models--openai--clip-vit-large-patch14"
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    (snapshot / "tokenizer.json").write_text("{}")
+    findings = {each.reward: each.weights for each in examine()}
+    assert findings["CLIP"] == "missing: openai/clip-vit-large-patch14"
+    assert "openai/clip-vit-large-patch14" in findings["AestheticScore"]
+    assert findings["HPSv2"] == "missing: HPS_v2.1_compressed.pt"  # the tokenizer is found
+    (snapshot / "config.json").write_text("{}")
+    assert {each.reward: each.weights for each in examine()}["CLIP"] == "found"
+
+
 def test_rewards_that_compute_on_the_cpu_say_so_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     devices = {each.reward: each.device for each in examine()}

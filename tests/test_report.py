@@ -16,7 +16,8 @@ from tiltflow.errors import DataError
 from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference, summarise, to_picture
 from tiltflow.report import before_after_picture, save_grid, write_report
 from tiltflow.report.charts import Series, line_chart, log_ticks, nice_ticks, spans_decades, stacked_bar
-from tiltflow.report.contents import held_out, read_run, verdict
+from tiltflow.report.contents import read_run, verdict
+from tiltflow.report.witnesses import held_out
 
 ATTACK = '<script>alert("x")</script>"\'><img src=http://evil.example/x.png>'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -231,8 +232,16 @@ def test_every_evaluated_reward_has_a_chart_of_its_own(tmp_path: Path) -> None:
 def test_what_is_held_out_is_known_by_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(REWARDS)
     assert held_out(read_run(tmp_path)) == {"same": False, "pick": True, "hps": True}
+    (tmp_path / "config.yaml").write_text(
+        REWARDS.replace(
+            "name: same, reward_model: PickScore, weight: 1.0, options: {}", "name: same, reward_model: PickScore_Rank"
+        )
+    )
+    assert held_out(read_run(tmp_path)) == {"same": False, "pick": True, "hps": True}  # as ranks
     (tmp_path / "config.yaml").write_text(REWARDS.partition("eval_rewards")[0])
     assert held_out(read_run(tmp_path)) == {"pick": False, "watched": True}  # of weight 0
+    (tmp_path / "config.yaml").write_text("rewards: [{name: 1}]")
+    assert held_out(read_run(tmp_path)) == {}
     (tmp_path / "config.yaml").write_text("rewards: 3")
     assert held_out(read_run(tmp_path)) == {}
 

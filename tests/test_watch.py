@@ -209,9 +209,26 @@ def test_rewards_are_known_by_what_they_are_and_not_by_their_names() -> None:
         entry("renamed"),  # is `a`
         entry("a", "HPSv2"),  # only called so
         entry("b", "CLIP"),  # of weight 0: watched, not trained on
-        entry("c", options={"divisor": 1.0}),
+        entry("c", options={"model_name_or_path": "another"}),
     ]
     assert held_out(measured, trained) == ["a", "b", "c"]
+
+
+def test_a_reward_on_another_scale_or_as_ranks_is_no_witness() -> None:
+    measured = [
+        entry("scaled", options={"divisor": 1.0}),
+        entry("default", options={"divisor": 26}),
+        entry("rough", dtype="bfloat16", device="cpu"),
+        entry("path", "tiltflow.rewards.clip_rewards.PickScoreReward"),
+        entry("rank", "PickScore_Rank"),
+    ]
+    assert held_out(measured, [entry("trained")]) == held_out(measured, [entry("trained", "PickScore_Rank")]) == []
+    assert held_out([entry("a", "CLIP", options={"scale": "logits"})], [entry("b", "CLIP")]) == []
+    language = entry("a", "LanguageReward", options={"model": "m"})
+    scaled = entry("b", "LanguageReward", options={"model": "m", "mean": 0.5, "std": 2})
+    other = entry("c", "LanguageReward", options={"model": "n"})
+    assert held_out([scaled, other], [language]) == ["c"]
+    assert held_out([entry("a", "gone.Mine"), entry("b", "gone.Other")], [entry("c", "gone.Mine")]) == ["b"]
 
 
 def test_training_rewards_are_means_over_epochs() -> None:
@@ -293,14 +310,14 @@ def test_a_held_out_reward_without_values_is_told_once(
     ]
 
 
-@pytest.mark.parametrize("same_reward_renamed", [False, True])
+@pytest.mark.parametrize("evaluated", [None, {"name": "other"}, {"name": "other", "dtype": "bfloat16"}])
 def test_early_stop_needs_something_to_watch(
-    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], same_reward_renamed: bool
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], evaluated: dict[str, Any] | None
 ) -> None:
     values = run_values(random_sd3, tmp_path / "out", train={"early_stop": 2})
-    if same_reward_renamed:
+    if evaluated is not None:
         values["train"]["evaluate_every"] = 1
-        values["eval_rewards"] = [{**values["rewards"][0], "name": "other"}]
+        values["eval_rewards"] = [{**values["rewards"][0], **evaluated}]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
     assert "train.early_stop=2 compares evaluations of held-out rewards" in capsys.readouterr().err

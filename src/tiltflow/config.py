@@ -63,8 +63,10 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _watch_has_something_to_see(self) -> "RunConfig":
+        if self.train.early_stop is None:
+            return self
         watched = held_out(self.eval_rewards or self.rewards, self.rewards)
-        if self.train.early_stop is not None and not (watched and self.train.evaluate_every):
+        if not (watched and self.train.evaluate_every):
             raise ValueError(
                 f"train.early_stop={self.train.early_stop} compares evaluations of held-out rewards: set "
                 "train.evaluate_every, and eval_rewards that are not trained on, or leave it out"

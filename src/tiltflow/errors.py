@@ -1,5 +1,21 @@
 """The exception tree: every error a user can cause names the field, the value, the legal set and the remedy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def exit_is_error() -> Iterator[None]:
+    """Raise a RuntimeError in place of a library's `sys.exit`, which would end the process without a word.
+
+    Raises:
+        RuntimeError: What is within has called `sys.exit`.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+
 
 class TiltflowError(Exception):
     """Base of every error that tiltflow raises on purpose; the command line prints its message without a traceback."""

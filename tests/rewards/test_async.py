@@ -410,17 +410,3 @@ def test_no_samples_make_an_empty_table() -> None:
     for cls in (Watched, WatchedGroup):
         table = engine_of(cls).score(batch([]))
         assert (tuple(table.scores.shape), table.failures) == ((0, 1), ())
-
-
-def test_each_picture_is_made_once_for_all_rewards() -> None:
-    class Keeps(PointwiseRewardModel):
-        def __call__(self, prompt, image=None, **fields: Any):
-            self.images = image
-            return RewardModelOutput([0.0] * len(prompt))
-
-    rewards = [entry("a", "x"), entry("b", "y", async_reward=True)]
-    engine = RewardEngine(rewards, factory=Keeps)
-    engine.score(batch([0.1, 0.2]))
-    first, second = engine.models.values()
-    assert isinstance(first, Keeps) and isinstance(second, Keeps)
-    assert all(one is other for one, other in zip(first.images, second.images, strict=True))

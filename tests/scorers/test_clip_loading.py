@@ -129,6 +129,7 @@ def test_the_tokenizer_is_found_in_the_hub_s_cache(tmp_path: Path) -> None:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
     assert find_tokenizer().eos_token_id == 59
+    assert find_tokenizer(name="laion/CLIP-ViT-H-14-laion2B-s32B-b79K").eos_token_id == 59
 
 
 def test_a_missing_tokenizer_says_what_and_where(tmp_path: Path, own_models: Path) -> None:

@@ -1,5 +1,6 @@
 """GenEval's colour check against its own code's numbers."""
 
+import gc
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from tests.shared import golden, requires_shared
 from tests.tiny_detector import save_tiny_clip
 from tiltflow.errors import RewardError
+from tiltflow.scorers.clip_loading import load_clip_folder
 from tiltflow.scorers.geneval_color import COLORS, TEMPLATES, ColorClassifier, color_crop, load_color_classifier
 
 
@@ -147,6 +149,13 @@ def test_a_classifier_from_a_folder(tmp_path: Path) -> None:
     assert classifier.colors([], []) == []
     copy = pickle.loads(pickle.dumps(classifier))
     torch.testing.assert_close(copy.logits(crops, ["cup", "dog"]), classifier.logits(crops, ["cup", "dog"]))
+
+
+def test_the_network_is_shared_with_whoever_loads_it_later(tmp_path: Path) -> None:
+    folder = save_tiny_clip(tmp_path / "clip")
+    classifier = load_color_classifier(folder)
+    gc.collect()
+    assert load_clip_folder(folder).model is classifier.model
 
 
 def test_more_crops_than_one_pass_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

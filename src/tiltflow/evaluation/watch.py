@@ -20,7 +20,8 @@ from typing import Final
 from tiltflow.evaluation.results import EvaluationResult
 from tiltflow.evaluation.statistics import paired_score
 from tiltflow.evaluation.summary import paired_rows
-from tiltflow.rewards import RewardArguments, identity
+from tiltflow.rewards import RewardArguments
+from tiltflow.rewards.registry import subject
 
 FALSE_ALARMS: Final = 0.05  # probability of any warning in a run in which nothing falls
 
@@ -52,10 +53,11 @@ class Sign:
 def held_out(measured: Sequence[RewardArguments], trained: Sequence[RewardArguments]) -> list[str]:
     """Return the names of the rewards that are measured and not trained on, whatever they are called there.
 
-    A training reward of weight 0 is only watched, so it is held out too.
+    One that is trained on with another scale, as ranks or in another dtype is no witness. A training reward of weight 0
+    is only watched, so it is held out too.
     """
-    known = {identity(reward) for reward in trained if reward.weight != 0}
-    return [reward.name for reward in measured if identity(reward) not in known]
+    known = {subject(reward) for reward in trained if reward.weight != 0}
+    return [reward.name for reward in measured if subject(reward) not in known]
 
 
 def alarm_limit(held_out: int, evaluations: int) -> float:

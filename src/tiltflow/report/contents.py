@@ -193,12 +193,10 @@ def evaluation_curves(run: Run) -> dict[str, list[str]]:
     return curves
 
 
-def held_out(run: Run) -> dict[str, bool]:
-    """Tell for each evaluated reward of the config (its name in lower case) whether it is not trained on."""
-    entries = _entries(run, "rewards")
-    trained = [_substance(entry) for entry in entries if entry.get("weight") != 0]
-    measured = _entries(run, "eval_rewards") or entries
-    return {str(entry.get("name")).lower(): _substance(entry) not in trained for entry in measured}
+def reward_entries(run: Run, key: str) -> list[Any]:
+    """Return the entries of `rewards` or `eval_rewards` in the config, unchecked."""
+    entries = run.settings.get(key)
+    return entries if isinstance(entries, list) else []
 
 
 def pairs(run: Run, *, limit: int) -> list[Pair]:
@@ -315,13 +313,3 @@ def _tag_row(prefix: str, tag: str, summaries: Sequence[Any]) -> TagRow:
 
 def _is_between(key: str, prefix: str, suffix: str) -> bool:
     return key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
-
-
-def _entries(run: Run, key: str) -> list[dict[str, Any]]:
-    entries = run.settings.get(key)
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
-def _substance(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes an entry of rewards another reward, whatever its name."""
-    return {key: entry.get(key) for key in ("reward_model", "options", "dtype", "device")}

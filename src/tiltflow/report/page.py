@@ -11,7 +11,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from tiltflow.evaluation import Estimate
-from tiltflow.report import contents
+from tiltflow.report import contents, witnesses
 from tiltflow.report.charts import Series, line_chart, spans_decades, stacked_bar
 from tiltflow.report.contents import Run, read_run
 from tiltflow.runtime.checkpoint import write_atomically
@@ -87,7 +87,7 @@ def templates() -> Environment:
 def reward_figures(run: Run) -> list[Figure]:
     """Return the curves of the training rewards and, beside them, one of each reward that evaluations measure."""
     found = [_reward_figure(run, name) for name in run.names("reward/", "/mean")]
-    held_out = contents.held_out(run)
+    held_out = witnesses.held_out(run)
     found += [
         _evaluation_figure(run, name, keys, held_out=held_out.get(name))
         for name, keys in contents.evaluation_curves(run).items()

@@ -71,6 +71,10 @@ class RewardModel(ABC):
     use_tensor_inputs: bool = False
     remote: bool = False  # asks another process or machine, which may be out of reach
     times_itself: bool = False  # keeps to `config.timeout` by itself, request by request
+    default_timeout: ClassVar[float | None] = None  # what one that times itself keeps to where the entry has none
+    # What it measures, where several classes measure the same; a subclass that measures something else says so again.
+    measures: ClassVar[str | None] = None
+    scale_options: ClassVar[tuple[str, ...]] = ()  # own options that change the scale of the score and nothing else
     Options: ClassVar[type[Config]] = Config  # the reward's own config keys
     packages: ClassVar[tuple[str, ...]] = ()  # optional ones, imported when the reward is built
     option_packages: ClassVar[Mapping[str, str]] = {}  # own option -> optional package that is needed with it alone
@@ -141,8 +145,9 @@ class RewardModel(ABC):
 
         Every field has one entry per sample. Media are PIL images (a video is a list of them, conditions are lists of
         either), or with `use_tensor_inputs` float tensors in [0, 1]: image `[C, H, W]`, video `[T, C, H, W]`,
-        condition_images `[N, C, H, W]` and condition_videos `[N, T, C, H, W]`, or lists of N where sizes differ. A
-        reward that requires `metadata` takes it as one more keyword, a list of the prompts' metadata.
+        condition_images `[N, C, H, W]` and condition_videos `[N, T, C, H, W]`, or lists of N where sizes differ.
+        Tensors are shared with other rewards: writing to one ends the scoring. A reward that requires `metadata` takes
+        it as one more keyword, a list of the prompts' metadata.
         """
 
 

@@ -53,6 +53,7 @@ class PickScoreReward(PointwiseScorerReward):
     """PickScore divided by `divisor`."""
 
     Options = PickScoreOptions
+    measures = "PickScore"
 
     @classmethod
     def published_weights(cls, options: PickScoreOptions) -> Sequence[Weights]:
@@ -73,6 +74,7 @@ class PickScoreRankReward(ScorerReward, GroupwiseRewardModel):
     """
 
     Options = PickScoreRankOptions
+    measures = "PickScore"  # made into ranks
 
     @classmethod
     def published_weights(cls, options: PickScoreRankOptions) -> Sequence[Weights]:
@@ -103,6 +105,7 @@ class ClipReward(PointwiseScorerReward):
     """CLIPScore, cosine or logits, divided by `divisor`."""
 
     Options = ClipOptions
+    scale_options = ("divisor", "scale")
 
     @classmethod
     def published_weights(cls, options: ClipOptions) -> Sequence[Weights]:

@@ -49,6 +49,7 @@ class DeQAReward(PointwiseRewardModel):
 
     required_fields = ("image",)
     times_itself = True  # with an endpoint; the constructor unsays it for a local model
+    default_timeout = DEFAULT_TIMEOUT
     Options = DeQAOptions
     needed_options = ("model",)
     running_options = ("base_url", *RUNNING)

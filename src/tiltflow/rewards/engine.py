@@ -47,6 +47,7 @@ class RewardEngine:
         self.rewards = tuple(rewards)
         self.names = tuple(names)
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        self.keys = tuple(map(identity, rewards))
         self.shared = shared_entries(rewards)
         self.models = {key: factory(entry) for key, entry in self.shared.items()}
 
@@ -107,17 +108,19 @@ class Scoring:
     ) -> None:
         """Submit samples; asynchronous rewards begin with those that are ready.
 
+        The tensors are not copied and must not be written to before `finish` has returned.
+
         Args:
             prompts: B prompts with their metadata.
             groups: B ids; samples of one id are compared with each other.
             images: B tensors `[3, H, W]` in [0, 1].
             videos: B tensors `[T, 3, H, W]` in [0, 1].
-            condition_images: B lists of `[3, H, W]`.
-            condition_videos: B lists of `[T, 3, H, W]`.
+            condition_images: B lists of `[3, H, W]`, or stacked ones.
+            condition_videos: B lists of `[T, 3, H, W]`, or stacked ones.
 
         Raises:
             RewardError: A reward requires a field that is not given, or an asynchronous one whose `on_error` is `raise`
-                has failed meanwhile.
+                has failed meanwhile, or one has written to the tensors.
             ValueError: A field has not B entries, or they are no images.
         """
         rows = self._media.add(
@@ -142,7 +145,8 @@ class Scoring:
             Scores `[B, R]`, rows in the order of submission.
 
         Raises:
-            RewardError: A reward whose `on_error` is `raise` failed; names the reward, the samples and the cause.
+            RewardError: A reward whose `on_error` is `raise` failed; names the reward, the samples and the cause. Or a
+                reward has written to the tensors, whatever its `on_error`.
         """
         passes = list(self._passes.values())
         for each in passes:
@@ -157,8 +161,8 @@ class Scoring:
 
     def _merge(self, outcomes: dict[str, Outcome]) -> RewardTable:
         columns, failures, extra = [], [], {}
-        for reward in self._engine.rewards:
-            outcome = outcomes[identity(reward)]
+        for reward, key in zip(self._engine.rewards, self._engine.keys, strict=True):
+            outcome = outcomes[key]
             columns.append(outcome.scores)
             failures += [RewardFailure(reward.name, p.samples, p.kind, p.message) for p in outcome.failures]
             if outcome.extra_info:

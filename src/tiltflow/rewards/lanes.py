@@ -4,8 +4,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
+
+from tiltflow.errors import exit_is_error
 
 T = TypeVar("T")
 
@@ -66,8 +68,9 @@ class Inline(Generic[T]):
         return Call(work)
 
     def wait(self, call: Call[T]) -> T:
-        """Make the call and return its result, or raise what it raised."""
-        return call.work()
+        """Make the call and return its result, or raise what it raised; a library's sys.exit becomes a RuntimeError."""
+        with exit_is_error():
+            return call.work()
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -122,11 +125,13 @@ class Lanes(Generic[T]):
 
     def close(self) -> None:
         """Let the threads end when they have nothing left to do; calls that wait are dropped."""
-        while not self._queue.empty():
-            waiting = self._queue.get()
-            if waiting is not None:
-                waiting.given_up = True
-        self._queue.put(None)
+        try:
+            while True:
+                waiting = self._queue.get_nowait()  # a lane may take the last one meanwhile
+                if waiting is not None:
+                    waiting.given_up = True
+        except Empty:
+            self._queue.put(None)
 
     def _start(self) -> None:
         threading.Thread(target=_work, args=(self._queue,), name=self._name, daemon=True).start()

@@ -44,6 +44,7 @@ class LanguageReward(PointwiseRewardModel):
 
     required_fields = ("prompt",)
     Options = LanguageRewardOptions
+    scale_options = ("mean", "std")
     needed_options = ("model",)
 
     @classmethod

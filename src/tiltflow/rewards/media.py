@@ -13,7 +13,7 @@ from tiltflow.errors import RewardError
 from tiltflow.rewards.base import RewardModel
 from tiltflow.types import Prompt
 
-Conditions = Sequence[Sequence[Tensor]]
+Conditions = Sequence[Sequence[Tensor] | Tensor] | Tensor
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Media:
     groups: list[int] = field(default_factory=list[int])
     images: list[Tensor] = field(default_factory=list[Tensor])  # each [3, H, W] in [0, 1]
     videos: list[Tensor] = field(default_factory=list[Tensor])  # each [T, 3, H, W] in [0, 1]
-    condition_images: list[Sequence[Tensor]] = field(default_factory=list[Sequence[Tensor]])  # each N of [3, H, W]
-    condition_videos: list[Sequence[Tensor]] = field(default_factory=list[Sequence[Tensor]])  # each N of [T, 3, H, W]
+    condition_images: list[Sequence[Tensor] | Tensor] = field(default_factory=list)  # each N of [3, H, W]
+    condition_videos: list[Sequence[Tensor] | Tensor] = field(default_factory=list)  # each N of [T, 3, H, W]
 
     def __post_init__(self) -> None:
         self._lock = Lock()
@@ -117,7 +117,11 @@ class Media:
         return None
 
     def fields(self, model: RewardModel, rows: Sequence[int]) -> dict[str, Any]:
-        """Return the required fields of some rows as keyword arguments."""
+        """Return the required fields of some rows as keyword arguments.
+
+        Tensors are the samples' own; a reward that is not this package's gets pictures of its own, as Pillow lets
+        anybody draw on them. See `writes`.
+        """
         tensors = model.use_tensor_inputs
         forms: dict[str, Callable[[int], Any]] = {
             "prompt": lambda row: self.prompts[row].text,
@@ -127,14 +131,26 @@ class Media:
             "condition_images": lambda row: self._condition("condition_images", row, tensors=tensors),
             "condition_videos": lambda row: self._condition("condition_videos", row, tensors=tensors),
         }
-        return {name: [forms[name](row) for row in rows] for name in model.required_fields}
+        found = {name: [forms[name](row) for row in rows] for name in model.required_fields}
+        return found if type(model).__module__.startswith("tiltflow.") else _with_own_pictures(found)
+
+    @staticmethod
+    def writes(fields: Any) -> int:
+        """Return a number that grows when torch writes to a tensor in a nest of them, or to another view of its memory.
+
+        Tensors that were made in inference mode do not count.
+        """
+        if isinstance(fields, Tensor):
+            return 0 if fields.is_inference() else fields._version
+        values = fields.values() if isinstance(fields, dict) else fields if isinstance(fields, list) else ()
+        return sum(map(Media.writes, values))
 
     def _condition(self, name: str, row: int, *, tensors: bool) -> Any:
         """Return one sample's conditions: stacked if they are of one size, else a list; or as pictures."""
         if not tensors:
             return self._picture(name, row)
         parts = getattr(self, name)[row]
-        return torch.stack(list(parts)) if parts and len({part.shape for part in parts}) == 1 else list(parts)
+        return torch.stack(list(parts)) if len({part.shape for part in parts}) == 1 else list(parts)
 
     def _picture(self, name: str, row: int) -> Any:
         key = (name, row)
@@ -166,6 +182,15 @@ def _check_form(name: str, values: Any) -> None:
             raise ValueError(
                 f"{name}: got {value.dtype} {list(value.shape)}; give floating-point tensors {form} in [0, 1]"
             )
+
+
+def _with_own_pictures(fields: Any) -> Any:
+    """Return a nest of pictures and other things with copies of the pictures."""
+    if isinstance(fields, Image.Image):
+        return fields.copy()
+    if isinstance(fields, dict):
+        return {name: _with_own_pictures(value) for name, value in fields.items()}
+    return [_with_own_pictures(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def _all_finite(value: Any) -> bool:

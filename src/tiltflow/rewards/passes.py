@@ -38,6 +38,10 @@ class WrongLength(RewardError):
     """A reward returned too few or too many values."""
 
 
+class WrittenMedia(RewardError):
+    """Somebody wrote to the tensors that a reward looked at: the scores of all others may be of something else."""
+
+
 class Job:
     """One call of a reward. It lets go of the media when it begins, so that a call that hangs keeps only its own."""
 
@@ -47,12 +51,24 @@ class Job:
         self.rows = rows
 
     def __call__(self) -> Answer:
-        """Ask the reward about the rows."""
+        """Ask the reward about the rows.
+
+        Raises:
+            WrittenMedia: The reward wrote to its tensors.
+        """
         assert self.media is not None
         fields = self.media.fields(self.model, self.rows)
         self.media = None
-        with torch.no_grad():
-            return read_output(self.model(**fields), len(self.rows))
+        before = Media.writes(fields)
+        try:
+            with torch.no_grad():
+                return read_output(self.model(**fields), len(self.rows))
+        finally:
+            if Media.writes(fields) != before:
+                raise WrittenMedia(
+                    f"the tensors of the samples were written to while reward {self.model.config.name!r} scored them, "
+                    "and other rewards look at them too; let it clone() a tensor before it changes it"
+                )
 
 
 class Pass:
@@ -166,6 +182,8 @@ class Pass:
     def _answer(self, call: Call[Answer]) -> Answer | Exception:
         try:
             return self._runner.wait(call)
+        except WrittenMedia:
+            raise  # whatever `on_error` says: the other rewards' scores cannot be trusted either
         except Exception as error:  # any user code may fail in any way: it is recorded with its samples
             return error
 

@@ -77,6 +77,7 @@ class RationalReward(PointwiseRewardModel):
 
     remote = True
     times_itself = True
+    default_timeout = DEFAULT_TIMEOUT
     packages = ("openai",)
     running_options = RUNNING
     supported_aspects: ClassVar[tuple[str, ...]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
-from tiltflow.errors import RewardError, TiltflowError
+from tiltflow.errors import RewardError, TiltflowError, exit_is_error
 from tiltflow.rewards.base import (
     PROVIDED_FIELDS,
     GroupwiseRewardModel,
@@ -60,7 +60,8 @@ def reward_class(name: str) -> type[RewardModel]:
             "or give a full Python path (package.module.Class)"
         )
     try:
-        contents = vars(import_module(module))
+        with exit_is_error():
+            contents = vars(import_module(module))
     except Exception as error:  # the user's module may fail in any way while it is imported
         raise RewardError(
             f"reward_model={name!r}: {module or '(no module)'} cannot be imported: {type(error).__name__}: {error}; "
@@ -157,11 +158,15 @@ def build_reward_model(arguments: RewardArguments, accelerator: Any = None) -> R
     """
     cls = check_reward(arguments)
     try:
-        return cls(arguments, accelerator)
+        with exit_is_error():
+            return cls(arguments, accelerator)
     except TiltflowError:
         raise
     except Exception as error:  # a constructor may fail in any way: no memory, no file, no network, a mistake
         raise RewardError(f"reward {arguments.name!r} cannot be built: {type(error).__name__}: {error}") from error
+
+
+_FURTHER_KEYS = RewardArguments.model_fields.keys() - {"reward_model", "options"}
 
 
 def build_reward(
@@ -174,7 +179,8 @@ def build_reward(
         device: Where it computes; "auto" takes a GPU when there is one.
         dtype: `float32`, `bfloat16` or `float16`.
         batch_size: Samples per call of a pointwise reward.
-        **options: The reward's own options, checked against its `Options`.
+        **options: The reward's own options, checked against its `Options`, and other keys of `rewards:` such as
+            `timeout`.
 
     Raises:
         RewardError: There is no such reward, an argument is wrong, or the reward's constructor failed.
@@ -185,6 +191,7 @@ def build_reward(
         "device": device,
         "dtype": dtype,
         "batch_size": batch_size,
+        **{key: options.pop(key) for key in _FURTHER_KEYS if key in options},
         "options": options,
     }
     try:
@@ -196,14 +203,43 @@ def build_reward(
     return build_reward_model(arguments)
 
 
-# What entries may differ in and still share one model and one pass.
-_NOT_IDENTITY = {"name", "weight", "batch_size", "on_error", "async_reward", "num_workers", "timeout"}
-
-
 def identity(arguments: RewardArguments) -> str:
-    """Return a key that is equal for entries which one model and one pass can serve."""
-    same = arguments.model_dump(exclude=_NOT_IDENTITY)
+    """Return a key that is equal for entries which one model and one pass can serve, however they are written."""
+    found = _resolved(arguments)
+    if found is None:
+        what, options = arguments.reward_model, dict(arguments.options)
+    else:
+        what, options = _path(found[0]), found[1].model_dump()
+    same = {"reward": what, "options": options, "dtype": arguments.dtype, "device": arguments.device}
     return json.dumps(same, sort_keys=True, default=_distinct)
+
+
+def subject(arguments: RewardArguments) -> str:
+    """Return a key that is equal for entries which measure the same, if on other scales, as ranks, or less exactly."""
+    found = _resolved(arguments)
+    if found is None:
+        what, options = arguments.reward_model, dict(arguments.options)
+    else:
+        cls, own = found
+        what, options = cls.measures or _path(cls), own.model_dump(exclude=set(cls.scale_options))
+    return json.dumps({"reward": what, "options": options}, sort_keys=True, default=_distinct)
+
+
+def _resolved(arguments: RewardArguments) -> tuple[type[RewardModel], Config] | None:
+    """Return an entry's class and its options with their defaults.
+
+    None where there is no such class here or an option is wrong: whoever builds the reward is told, and the entry is
+    then known by what is written.
+    """
+    try:
+        cls = reward_class(arguments.reward_model)
+        return cls, _options(arguments, cls)
+    except RewardError:
+        return None
+
+
+def _path(cls: type[RewardModel]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _distinct(value: Any) -> str:
@@ -217,7 +253,8 @@ def shared_entries(rewards: Sequence[RewardArguments]) -> dict[str, RewardArgume
     """Return one entry for each distinct reward, under its `identity`, that serves all entries which share it.
 
     It takes their largest batch size and number of workers, is asynchronous if one is, waits as long as the most
-    patient one, and is as strict about failures as the strictest.
+    patient one (one without `timeout` for ever, or as long as its class does), and is as strict about failures as the
+    strictest.
     """
     groups: dict[str, list[RewardArguments]] = {}
     for reward in rewards:
@@ -226,7 +263,7 @@ def shared_entries(rewards: Sequence[RewardArguments]) -> dict[str, RewardArgume
 
 
 def _merged(entries: Sequence[RewardArguments]) -> RewardArguments:
-    timeouts = [entry.timeout for entry in entries]
+    timeouts = [entry.timeout or _default_timeout(entry) for entry in entries]
     strictest = min(entries, key=lambda entry: ("raise", None, "mask").index(entry.on_error))
     return strictest.model_copy(
         update={
@@ -236,6 +273,14 @@ def _merged(entries: Sequence[RewardArguments]) -> RewardArguments:
             "timeout": None if None in timeouts else max(timeout for timeout in timeouts if timeout is not None),
         }
     )
+
+
+def _default_timeout(arguments: RewardArguments) -> float | None:
+    """Return how long one call, or request, of an entry without `timeout` may take, seconds; None: for ever."""
+    found = _resolved(arguments)
+    if found is None or not found[0].times_itself or found[0].call_seconds(arguments) is None:  # None: nobody is asked
+        return None
+    return found[0].default_timeout
 
 
 def _fields(arguments: RewardArguments, cls: type[RewardModel]) -> tuple[str, ...]:
@@ -266,7 +311,7 @@ def _options_message(arguments: RewardArguments, cls: type[RewardModel], error: 
     legal = sorted(cls.Options.model_fields)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [*legal, *RewardArguments.model_fields], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
         return f"reward {arguments.name!r}: unknown key {key!r}{hint}; its own options: {', '.join(legal) or 'none'}"
     # What is missing, or wrong about the options as a whole, would show all of them.
     shown = problem["type"] != "missing" and problem["loc"] and problem["loc"][0] not in secret_names(cls.Options)

@@ -86,6 +86,7 @@ class RemoteRewardModel(RewardModel):
 
     remote = True
     times_itself = True
+    default_timeout = DEFAULT_TIMEOUT
     Options = RemoteOptions
     packages = ("httpx2", "stamina")
     running_options = ("server_url", "retry_attempts", "partial")

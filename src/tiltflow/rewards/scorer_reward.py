@@ -22,6 +22,7 @@ class ScorerReward(RewardModel):
 
     use_tensor_inputs = True
     Options = ScorerOptions
+    scale_options = ("divisor",)
 
     def __init__(self, config: RewardArguments, accelerator: Any = None):
         """Load the network, or share the one that is loaded.

@@ -76,6 +76,7 @@ class VllmEvaluateReward(PointwiseRewardModel):
     required_fields = ("prompt", "image")
     remote = True
     times_itself = True
+    default_timeout = DEFAULT_TIMEOUT
     Options = VllmEvaluateOptions
     packages = ("openai",)
     running_options = RUNNING

@@ -22,6 +22,14 @@ def models_folder() -> Path:
     return Path(os.environ.get(MODELS_VARIABLE, "models"))
 
 
+def hub_snapshot(repo: str) -> Path | None:
+    """Return the folder of what the hub's cache has of a repository, which may be a single file; else None."""
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        return None
+
+
 @dataclass(frozen=True)
 class WeightsFile:
     """One published file of weights.
@@ -87,10 +95,8 @@ class WeightsFolder:
         for path in places:
             if (path / "config.json").is_file():
                 return path
-        try:
-            return Path(snapshot_download(self.repo, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError, OSError):
-            return None
+        cached = hub_snapshot(self.repo)
+        return cached if cached is not None and (cached / "config.json").is_file() else None
 
     def require(self) -> Path:
         """Return the folder.

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tiltflow.errors import RewardError
-from tiltflow.scorers.checkpoints import WeightsFolder, models_folder, read_weights
+from tiltflow.scorers.checkpoints import WeightsFolder, hub_snapshot, models_folder, read_weights
 from tiltflow.scorers.clip_backbone import BackboneKey, ClipBackbone, resolve_device, shared_backbone
 from tiltflow.scorers.open_clip import HiddenAct, load_open_clip
 
@@ -114,11 +114,11 @@ def read_clip_folder(folder: Path) -> CLIPModel:
 def tokenizer_folder(folders: Sequence[Path] = (), *, name: str | None = None) -> Path | None:
     """Return the first folder that has CLIP's tokenizer; the arguments are those of `find_tokenizer`."""
     if name is not None:
-        places = [WeightsFolder(name).find(), Path(name)]
+        places = [WeightsFolder(name).find(), Path(name), hub_snapshot(name)]
     else:
         repos = [repo.rpartition("/")[2] for repo in TOKENIZER_REPOS]
         places = [*folders, *(models_folder() / repo for repo in repos)]
-        places += [WeightsFolder(repo).find() for repo in TOKENIZER_REPOS]
+        places += [hub_snapshot(repo) for repo in TOKENIZER_REPOS]
     return next((place for place in places if place is not None and _has_tokenizer(place)), None)
 
 

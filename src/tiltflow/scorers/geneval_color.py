@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from tiltflow.errors import RewardError
 from tiltflow.scorers.checkpoints import WeightsFolder
+from tiltflow.scorers.clip_backbone import ClipBackbone
 from tiltflow.scorers.clip_loading import load_clip_folder
 from tiltflow.scorers.preprocess import normalise
 
@@ -147,15 +148,16 @@ def color_crop(
 
 @dataclass(frozen=True)
 class ClipTokens:
-    """A CLIP tokenizer as a function of texts."""
+    """A CLIP's tokenizer as a function of texts."""
 
-    tokenizer: CLIPTokenizer
-    length: int  # tokens, padded to it
+    backbone: ClipBackbone  # whole: rewards that are built later share it while something holds it
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids, `[N, length]`."""
-        made: Any = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        """Return token ids `[N, L]`, padded to the network's length."""
+        config: Any = self.backbone.model.config.text_config
+        length: int = config.max_position_embeddings
+        made: Any = self.backbone.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         return made["input_ids"]
 
@@ -171,8 +173,7 @@ def load_color_classifier(
         RewardError: The folder holds no complete CLIP model or no tokenizer.
     """
     backbone = load_clip_folder(folder, device=device, dtype=dtype)
-    text: Any = backbone.model.config.text_config
-    return ColorClassifier(backbone.model, ClipTokens(backbone.tokenizer, text.max_position_embeddings))
+    return ColorClassifier(backbone.model, ClipTokens(backbone))
 
 
 def _unit(features: Tensor) -> Tensor:
