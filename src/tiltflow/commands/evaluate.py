@@ -12,7 +12,7 @@ from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, fi
 from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
-from tiltflow.evaluation import EvaluationResult, evaluate
+from tiltflow.evaluation import EvaluationResult, evaluate, few_prompts_note
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
 from tiltflow.rewards import (
     RewardArguments,
@@ -37,6 +37,8 @@ def run_evaluation(
     name: str | None = None,
 ) -> EvaluationResult:
     """Evaluate a checkpoint, or a model without one; write the result as JSON and print it as `RESULT` lines.
+
+    The last line says where it is.
 
     Args:
         checkpoint: A folder such as `outputs/<run>/latest`; the run's config is found beside it.
@@ -80,8 +82,9 @@ def run_evaluation(
         result = replace(result, settings={**result.settings, **described(config.policy, source, arguments)})
         with distributed.together():
             if distributed.is_main:
-                result.save(directory)
-                print("\n".join(result.result_lines()))
+                path = result.save(directory)
+                lines = [*result.result_lines(), few_prompts_note(result.settings["prompts"]), f"result: {path}"]
+                print("\n".join(filter(None, lines)))
     finally:
         distributed.close()
     return result
