@@ -38,8 +38,6 @@ def run_evaluation(
 ) -> EvaluationResult:
     """Evaluate a checkpoint, or a model without one; write the result as JSON and print it as `RESULT` lines.
 
-    The last line says where it is.
-
     Args:
         checkpoint: A folder such as `outputs/<run>/latest`; the run's config is found beside it.
         model_name: A pretrained model instead.
@@ -82,12 +80,16 @@ def run_evaluation(
         result = replace(result, settings={**result.settings, **described(config.policy, source, arguments)})
         with distributed.together():
             if distributed.is_main:
-                path = result.save(directory)
-                lines = [*result.result_lines(), few_prompts_note(result.settings["prompts"]), f"result: {path}"]
-                print("\n".join(filter(None, lines)))
+                print("\n".join(_told(result, result.save(directory))))
     finally:
         distributed.close()
     return result
+
+
+def _told(result: EvaluationResult, path: Path) -> list[str]:
+    """Return the lines that tell a result: its numbers, a warning where they say little, and its file."""
+    note = few_prompts_note(result.settings["prompts"])
+    return [*result.result_lines(), *([note] if note else []), f"result: {path}"]
 
 
 def _name(checkpoint: Path | None, model_name: str) -> str:
