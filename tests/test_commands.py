@@ -420,8 +420,10 @@ def test_what_a_judge_that_was_away_did_not_score_is_told_and_measured_again(
 
 
 def results_of(output: str) -> dict[str, float]:
-    """Return the `RESULT` lines of a command, which must be all that it prints."""
-    lines = output.strip().split("\n")
+    """Return the `RESULT` lines of a command, after which it may only warn of few prompts and say where they went."""
+    *lines, last = output.strip().split("\n")
+    assert last.startswith("result: ") and Path(last.removeprefix("result: ")).is_file()
+    lines = [line for line in lines if not line.startswith("Few prompts (")]
     pairs = [re.fullmatch(r"RESULT (\w+)=(\S+)", line) for line in lines]
     assert all(pairs), lines
     return {pair[1]: float(pair[2]) for pair in pairs if pair}
@@ -531,7 +533,8 @@ def test_sample_writes_a_grid_and_singles(lora_run: Run, tmp_path: Path, capsys:
     command = ["sample", "--checkpoint", str(run_dir / "latest"), *prompts, "--count", "3", "--seed", "5"]
     assert cli.main([*command, "--output_dir", str(tmp_path / "a")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.split()]
-    assert [path.name for path in files] == ["grid.png", *(f"{p:03d}_{i:02d}.png" for p in (0, 1) for i in range(3))]
+    singles = [f"{p:03d}_{i:02d}.png" for p in (0, 1) for i in range(3)]
+    assert [path.name for path in files] == ["grid.png", *singles, "samples.jsonl"]
     assert size_of(files[1]) == (32, 32)
     width, height = size_of(files[0])
     assert width >= 3 * 32 and height >= 2 * 32
@@ -543,7 +546,42 @@ def test_sample_writes_a_grid_and_singles(lora_run: Run, tmp_path: Path, capsys:
     base = ["sample", *model, *command[3:], "--num_steps", "2", "--guidance_scale", "2", "--batch_size", "16"]
     assert cli.main([*base, "--output_dir", str(tmp_path / "base")]) == 0
     untrained = [Path(line) for line in capsys.readouterr().out.split()]
-    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(files, untrained, strict=True))
+    assert all(one.read_bytes() != other.read_bytes() for one, other in zip(files[:-1], untrained[:-1], strict=True))
+
+
+def test_what_was_sampled_can_be_scored(random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The grid is no sample, every image has its prompt, and nothing of an earlier call stays."""
+    out, model = str(tmp_path / "out"), ["--model_name", str(random_sd3), "--max_sequence_length", "1"]
+    command = ["sample", *model, "--num_steps", "1", "--output_dir", out]
+    (tmp_path / "out").mkdir()
+    own = tmp_path / "out" / "mine.png"
+    own.write_bytes(b"not of this command")
+    assert cli.main([*command, "--prompt", "a star", "--prompt", "a ring", "--count", "3"]) == 0
+    assert cli.main([*command, "--prompt", 'a ring\u2028"twice"', "--prompt", "a cube", "--count", "2"]) == 0
+    assert sorted(path.name for path in Path(out).glob("*.png")) == [*SAMPLED, own.name]
+    assert own.read_bytes() == b"not of this command"
+    own.unlink()
+    brightness = ["score", "--rewards", "tests.rewards_for_tests.Brightness", "--output", str(tmp_path / "rows.jsonl")]
+    capsys.readouterr()
+    assert cli.main([*brightness, "--images", f"{out}/samples.jsonl"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["Brightness", "4"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().split("\n") if line]
+    assert [row["prompt"] for row in rows] == ['a ring\u2028"twice"'] * 2 + ["a cube"] * 2
+    assert [path.name for path in map(Path, (row["image"] for row in rows))] == SAMPLED
+    assert cli.main([*brightness, "--images", out, "--prompts", f"{out}/samples.jsonl"]) == 0
+
+
+SAMPLED = ["000_00.png", "000_01.png", "001_00.png", "001_01.png"]
+
+
+def test_a_list_that_is_not_of_samples_is_left_alone(
+    random_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples.jsonl").write_text("my notes")
+    command = ["sample", "--model_name", str(random_sd3), "--prompt", "a ring", "--output_dir", str(tmp_path)]
+    assert cli.main(command) == 2
+    assert "samples.jsonl is no list of samples" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])

@@ -26,6 +26,7 @@ from tiltflow.evaluation import (
     paired_difference,
     summarise,
 )
+from tiltflow.evaluation.statistics import paired_score
 from tiltflow.flow import sigma_schedule
 from tiltflow.policies.base import Policy
 from tiltflow.policies.parameters import PolicyWeights
@@ -300,6 +301,38 @@ def test_paired_difference_weighs_tags_as_the_summary_does() -> None:
         EvaluationResult(name, {}, summarise(rows), rows) for name, rows in (("before", before), ("after", after))
     ]
     assert paired_difference(*results, "geneval_strict").value == 0.5
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 6])
+def test_few_prompts_seldom_make_chance_look_certain(prompts: int) -> None:
+    """Without any true change 5 of 100 may; the intervals alone let 14 (6 prompts) to 49 (2) pass."""
+    generator = np.random.default_rng(prompts)
+    certain = 0
+    for _ in range(200):
+        changes = generator.normal(size=(prompts, 1)) + generator.normal(size=(prompts, 4))
+        results = []
+        for values in (np.zeros_like(changes), changes):
+            rows = [EvaluationRow("p", sample, group, {"R": v}) for (group, sample), v in np.ndenumerate(values)]
+            results.append(EvaluationResult("r", {}, {}, rows))
+        certain += paired_difference(*results, "r").is_certain
+    assert certain <= 23  # of 200 at 5%: more happens once in 2,000 tries
+
+
+def test_certainty_weighs_tags_as_the_difference_does() -> None:
+    """Six prompts of one tag fall a little, two of another rise by much: the mean over tags rises."""
+    tags, rise = ["colors"] * 6 + ["position"] * 2, [-0.1] * 6 + [1.0, 1.0]
+    results = []
+    for name, scores in (("before", [0.0] * 8), ("after", rise)):
+        rows = [
+            EvaluationRow("p", 0, group, {"G": score}, {"G": {"tag": tag, "correct": 0, "strict": score, "partial": 0}})
+            for group, (tag, score) in enumerate(zip(tags, scores, strict=True))
+        ]
+        results.append(EvaluationResult(name, {}, {}, rows))
+    by_tag, plain = paired_difference(*results, "g_strict"), paired_difference(*results, "g")
+    assert by_tag.value == pytest.approx(0.45) and plain.value == pytest.approx(0.175)
+    weighed = np.array([-0.1] * 6 + [1.0] * 2) * np.array([8 / 12] * 6 + [8 / 4] * 2)
+    assert by_tag.score == pytest.approx(paired_score(weighed, range(8))[1])
+    assert plain.score == pytest.approx(paired_score(rise, range(8))[1])
 
 
 def test_paired_difference_refuses_other_prompts_and_keys() -> None:

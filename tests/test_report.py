@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from tiltflow.errors import DataError
-from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference, summarise, to_picture
+from tiltflow.evaluation import (
+    Difference,
+    Estimate,
+    EvaluationResult,
+    EvaluationRow,
+    paired_difference,
+    summarise,
+    to_picture,
+)
 from tiltflow.report import before_after_picture, save_grid, write_report
 from tiltflow.report.charts import Series, line_chart, log_ticks, nice_ticks, spans_decades, stacked_bar
 from tiltflow.report.contents import read_run, verdict
@@ -291,12 +299,101 @@ def test_images_outside_the_run_are_not_read(run_dir: Path) -> None:
     assert "No evaluation has kept images yet." in write_report(run_dir).read_text(encoding="utf-8")
 
 
-def test_verdict_of_a_doubtful_change() -> None:
-    text = verdict("pick", Estimate(0.5, 0.4, 0.6, 9), Estimate(0.45, 0.35, 0.55, 9), Estimate(-0.05, -0.12, 0.02, 9))
-    assert text.startswith(
-        "pick fell: 0.500 [0.400, 0.600] before, 0.450 [0.350, 0.550] after; the 95% intervals overlap."
-    )
-    assert text.endswith("-0.050 [-0.120, +0.020], which includes zero, so the change may be chance.")
+BEFORE, AFTER = Estimate(0.5, 0.4, 0.6, 90), Estimate(0.45, 0.35, 0.55, 90)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "score", "end"),
+    [
+        (-0.12, 0.02, -1.4, "-0.050 [-0.120, +0.020], which includes zero, so the change may be chance."),
+        (-0.09, -0.01, -2.4, "[-0.090, -0.010], which excludes zero, so chance alone is an unlikely cause."),
+        (-0.09, -0.01, -1.2, "[-0.090, -0.010], which a t-test over the prompts does not tell from chance."),
+        (-0.09, -0.01, math.nan, "[-0.090, -0.010], which a t-test over the prompts does not tell from chance."),
+        (math.nan, math.nan, math.nan, "; the 95% intervals overlap."),
+    ],
+)
+def test_verdict(low: float, high: float, score: float, end: str) -> None:
+    text = verdict("pick", BEFORE, AFTER, Difference(-0.05, low, high, 90, score), prompts=30)
+    values = "pick fell: 0.500 [0.400, 0.600] before, 0.450 [0.350, 0.550] after"
+    assert text.startswith(f"{values}; the 95% intervals overlap.")
+    assert text.endswith(end) and "nan" not in text
+    few = verdict("pick", BEFORE, AFTER, None, prompts=9)
+    assert few == f"{values}. Few prompts (9): the 95% intervals are too short."
+
+
+def test_verdict_of_no_change_speaks_of_no_chance() -> None:
+    text = verdict("pick", BEFORE, BEFORE, Difference(0.0, 0.0, 0.0, 90, 0.0), prompts=30)
+    assert text == "pick stayed: 0.500 [0.400, 0.600] before, 0.500 [0.400, 0.600] after."
+    nothing = Estimate(math.nan, math.nan, math.nan, 0)
+    assert verdict("pick", nothing, nothing, None, prompts=30) == "pick: nan before, nan after."
+
+
+def plain_result(name: str, scores: Sequence[Sequence[float]], folder: Path) -> EvaluationResult:
+    """An evaluation of a reward that gives no verdict: a list of scores a prompt."""
+    rows = [
+        EvaluationRow(f"prompt {group}", sample, group, {"Pick": score}, {}, f"{name}/{group:05d}_{sample:02d}.png")
+        for group, own in enumerate(scores)
+        for sample, score in enumerate(own)
+    ]
+    pictures = {row.image: Image.new("RGB", (8, 8), (0, 90, 0)) for row in rows if row.image}
+    found = EvaluationResult(name, {"prompts": len(scores), "images": len(rows)}, summarise(rows), rows, pictures)
+    found.save(folder)
+    return found
+
+
+def test_two_prompts_are_not_called_certain(tmp_path: Path) -> None:
+    plain_result("before", [[0.2, 0.3], [0.2, 0.3]], tmp_path / "evaluations")
+    plain_result("after", [[0.205, 0.305], [0.201, 0.301]], tmp_path / "evaluations")
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "Few prompts (2): the 95% intervals are too short. For the same prompts and noise the difference is" in text
+    assert "+0.003 [+0.001, +0.005], which a t-test over the prompts does not tell from chance." in text
+    assert "unlikely cause" not in text and "overlap" not in text
+    assert "In brackets: 95% intervals, from resampling the prompts; from the images alone where" in text
+
+
+def test_a_single_image(tmp_path: Path) -> None:
+    plain_result("before", [[0.204]], tmp_path / "evaluations")
+    plain_result("after", [[0.205]], tmp_path / "evaluations")
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "pick rose: 0.204 before, 0.205 after. How it was measured" in text
+    assert "difference +0.001 mean score" in text
+    assert not any(word in text for word in ("nan", "In brackets", "interval", "chance"))
+
+
+def test_images_without_a_verdict_show_their_scores(run_dir: Path, tmp_path: Path) -> None:
+    legend = "A tick: the image shows exactly what the prompt asks for"
+    assert legend in Page(write_report(run_dir).read_text(encoding="utf-8")).text
+    plain_result("before", [[0.25], [0.5]], tmp_path / "evaluations")
+    after = plain_result("after", [[0.75], [1.5]], tmp_path / "evaluations")
+    path = tmp_path / "evaluations" / "after.json"
+    assert after.rows[1].scores["Pick"] == 1.5
+    path.write_text(path.read_text().replace("1.5", "null"))
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert legend not in text
+    for shown in ("before Pick 0.25 after Pick 0.75 prompt 0", "before Pick 0.5 after Pick no score prompt 1"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("data", "unseen"),
+    [
+        ("{prompts: shapes, eval_prompts: shapes}", True),
+        ("{prompts: a.txt, eval_prompts: b.txt}", True),
+        ("{prompts: a.txt, eval_prompts: a.txt}", False),
+        ("{prompts: ./a.txt, eval_prompts: a.txt}", False),
+        ("{}", True),
+    ],
+)
+def test_only_other_prompts_are_called_unseen(run_dir: Path, data: str, unseen: bool) -> None:
+    (run_dir / "config.yaml").write_text(f"data: {data}\n")
+    text = Page(write_report(run_dir).read_text(encoding="utf-8")).text
+    assert "Mean on the evaluation prompts" in text
+    assert ("which training never sees" in text) is unseen
+
+
+def test_a_run_that_is_given_fewer_epochs_than_it_has(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("train:\n  epochs: 3\n")
+    assert "Epoch 12, 2 min 00 s of training." in Page(write_report(run_dir).read_text(encoding="utf-8")).text
 
 
 def test_rows_of_one_step_are_merged(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tiltflow.commands.run_folder import warn
 from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
-from tiltflow.evaluation import EvaluationResult, evaluate
+from tiltflow.evaluation import EvaluationResult, evaluate, few_prompts_note
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
 from tiltflow.rewards import (
     RewardArguments,
@@ -81,15 +81,16 @@ def run_evaluation(
         result = replace(result, settings={**result.settings, **described(config.policy, source, arguments)})
         with distributed.together():
             if distributed.is_main:
-                result.save(directory)
-                _tell(result)
+                _tell(result, result.save(directory))
     finally:
         distributed.close()
     return result
 
 
-def _tell(result: EvaluationResult) -> None:
-    print("\n".join(result.result_lines()))
+def _tell(result: EvaluationResult, path: Path) -> None:
+    """Print a result: its numbers, what speaks against them, and its file."""
+    few = few_prompts_note(result.settings["prompts"])
+    print("\n".join([*result.result_lines(), *([few] if few else []), f"result: {path}"]))
     for line in result.failure_lines():
         warn(line)
 

@@ -3,10 +3,11 @@
 from tiltflow.evaluation.measure import EvaluationConfig, choose_prompts, evaluate, to_picture
 from tiltflow.evaluation.results import EvaluationResult, EvaluationRow, write_png
 from tiltflow.evaluation.statistics import Estimate, estimate, estimate_stratified
-from tiltflow.evaluation.summary import compare_table, paired_difference, summarise
+from tiltflow.evaluation.summary import Difference, compare_table, few_prompts_note, paired_difference, summarise
 from tiltflow.evaluation.watch import HackingWatch, Sign, held_out
 
 __all__ = [
+    "Difference",
     "Estimate",
     "EvaluationConfig",
     "EvaluationResult",
@@ -18,6 +19,7 @@ __all__ = [
     "estimate",
     "estimate_stratified",
     "evaluate",
+    "few_prompts_note",
     "held_out",
     "paired_difference",
     "summarise",

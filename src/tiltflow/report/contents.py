@@ -1,5 +1,6 @@
 """What a report shows, read from the folder of a run; whatever is missing becomes a sentence."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,16 @@ from typing import Any
 
 import yaml
 
+from tiltflow.data import PROMPT_SETS
 from tiltflow.errors import DataError
-from tiltflow.evaluation import Estimate, EvaluationResult, EvaluationRow, paired_difference
+from tiltflow.evaluation import (
+    Difference,
+    Estimate,
+    EvaluationResult,
+    EvaluationRow,
+    few_prompts_note,
+    paired_difference,
+)
 from tiltflow.runtime.tracking import read_jsonl
 
 GLOSSES = {
@@ -74,16 +83,16 @@ class Card:
     gloss: str
     before: Estimate | None
     after: Estimate | None
-    difference: Estimate | None  # over the same prompts and noise
+    difference: Difference | None  # over the same prompts and noise
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One image file and the verdict of a reward that judges as GenEval does."""
+    """One image file and what the rewards said about it."""
 
     path: Path
-    strict: bool | None
-    reasons: str
+    strict: bool | None  # the verdict of the first reward that judges as GenEval does; None: there is none
+    remark: str  # why it is not as asked, or the scores where there is no verdict
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,8 @@ def headline(run: Run) -> tuple[list[Card], list[str]]:
         cards.append(Card(key, GLOSSES.get(key.rpartition("_")[2], "mean score"), before, after, difference))
     first = cards[0] if cards else None
     if first and first.before and first.after:
-        sentences.insert(0, verdict(first.key, first.before, first.after, first.difference))
+        prompts = min(len({row.group for row in result.rows}) for result in run.results)
+        sentences.insert(0, verdict(first.key, first.before, first.after, first.difference, prompts=prompts))
     return cards, [*sentences, *_measured(run)]
 
 
@@ -158,24 +168,50 @@ def main_keys(result: EvaluationResult) -> list[str]:
     return keys
 
 
-def verdict(key: str, before: Estimate, after: Estimate, difference: Estimate | None) -> str:
-    """Say in one or two sentences what changed and how sure that is."""
-    moved = "stayed"
-    if before.value != after.value:
-        moved = "rose" if after.value > before.value else "fell"
+def verdict(key: str, before: Estimate, after: Estimate, difference: Difference | None, *, prompts: int) -> str:
+    """Say in one to three sentences what changed and how sure that is.
+
+    Args:
+        key: Of the summary.
+        before: Its value before training.
+        after: And after.
+        difference: The change over the same prompts and noise; None: not known.
+        prompts: How many each value is over.
+    """
+    moved = ""  # of NaN, where nothing could be scored
+    if before.value <= after.value or after.value <= before.value:
+        moved = " stayed" if before.value == after.value else " rose" if after.value > before.value else " fell"
+    text = f"{key}{moved}: {before} before, {after} after"
+    if moved in ("", " stayed") or not (math.isfinite(before.low) and math.isfinite(after.low)):
+        return f"{text}."
     apart = before.high < after.low or after.high < before.low
-    text = (
-        f"{key} {moved}: {before} before, {after} after; the 95% intervals {'do not overlap' if apart else 'overlap'}."
-    )
-    if difference is None:
+    # Intervals that are too short are no ground to say that they lie apart.
+    note = few_prompts_note(prompts)
+    text += f". {note}" if note else f"; the 95% intervals {'do not overlap' if apart else 'overlap'}."
+    if difference is None or not math.isfinite(difference.low):
         return text
-    certain = difference.low > 0 or difference.high < 0
-    meaning = "so chance alone is an unlikely cause" if certain else "so the change may be chance"
-    has_zero = "excludes" if certain else "includes"
-    return (
-        f"{text} For the same prompts and noise the difference is {difference.value:+.3f} "
-        f"[{difference.low:+.3f}, {difference.high:+.3f}], which {has_zero} zero, {meaning}."
-    )
+    meaning = "which includes zero, so the change may be chance"
+    if difference.is_certain:
+        meaning = "which excludes zero, so chance alone is an unlikely cause"
+    elif difference.low > 0 or difference.high < 0:
+        meaning = "which a t-test over the prompts does not tell from chance"
+    return f"{text} For the same prompts and noise the difference is {difference_text(difference)}, {meaning}."
+
+
+def difference_text(item: Estimate) -> str:
+    """Return a signed `value [low, high]`, without the bracket where there is no interval."""
+    interval = f" [{item.low:+.3f}, {item.high:+.3f}]" if math.isfinite(item.low) else ""
+    return f"{item.value:+.3f}{interval}"
+
+
+def interval_sentence(run: Run, cards: Sequence[Card]) -> str:
+    """Say what the intervals on the cards are; "" where there is none."""
+    estimates = [item for card in cards for item in (card.before, card.after) if item is not None]
+    if not any(math.isfinite(item.low) for item in estimates):
+        return ""
+    notes = [few_prompts_note(len({row.group for row in result.rows})) for result in run.results]
+    made = "from resampling the prompts; from the images alone where a rate does not vary or there is one prompt."
+    return " ".join(filter(None, [f"In brackets: 95% intervals, {made}", *dict.fromkeys(notes)]))
 
 
 def evaluation_curves(run: Run) -> dict[str, list[str]]:
@@ -197,6 +233,17 @@ def reward_entries(run: Run, key: str) -> list[Any]:
     """Return the entries of `rewards` or `eval_rewards` in the config, unchecked."""
     entries = run.settings.get(key)
     return entries if isinstance(entries, list) else []
+
+
+def trains_on_evaluation(run: Run) -> bool:
+    """Tell whether the run trains on the file that it is evaluated on: only named sets have a split for each."""
+    data = run.settings.get("data")
+    if not isinstance(data, dict):
+        return False
+    trained, measured = data.get("prompts"), data.get("eval_prompts")
+    if not isinstance(trained, str) or not isinstance(measured, str):
+        return False
+    return measured not in PROMPT_SETS and Path(trained) == Path(measured)
 
 
 def pairs(run: Run, *, limit: int) -> list[Pair]:
@@ -301,8 +348,10 @@ def _shots(result: EvaluationResult, folder: Path) -> dict[tuple[int, int], Shot
 def _shot(row: EvaluationRow, path: Path) -> Shot:
     judged = [cells for cells in row.info.values() if "strict" in cells]
     if not judged:
-        return Shot(path, None, "")
-    return Shot(path, bool(judged[0]["strict"]), "; ".join(str(reason) for reason in judged[0].get("reasons", ())))
+        scores = {name: "no score" if score is None else f"{score:.3g}" for name, score in row.scores.items()}
+        return Shot(path, None, "; ".join(f"{name} {score}" for name, score in scores.items()))
+    strict = bool(judged[0]["strict"])
+    return Shot(path, strict, "" if strict else "; ".join(str(reason) for reason in judged[0].get("reasons", ())))
 
 
 def _tag_row(prefix: str, tag: str, summaries: Sequence[Any]) -> TagRow:

@@ -50,6 +50,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: Run) -> str:
     """Return the report as HTML."""
     cards, sentences = contents.headline(run)
+    pairs = contents.pairs(run, limit=MAX_PAIRS)
     timings = contents.timings(run)
     return (
         templates()
@@ -61,8 +62,10 @@ def render(run: Run) -> str:
             progress=progress_text(run),
             cards=cards,
             sentences=sentences,
+            intervals=contents.interval_sentence(run, cards),
             rows_of_figures=[row for row in (reward_figures(run), update_figures(run)) if row],
-            pairs=contents.pairs(run, limit=MAX_PAIRS),
+            pairs=pairs,
+            has_ticks=any(shot and shot.strict is not None for pair in pairs for shot in (pair.before, pair.after)),
             tag_tables=contents.tag_tables(run),
             timings=timings,
             timing_bar=Markup(stacked_bar([(name, total) for name, _, total in timings], title="share of each stage")),
@@ -80,7 +83,8 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(estimate=estimate_text, difference=difference_text, duration=duration, picture=data_uri)
+    environment.filters.update(estimate=estimate_text, duration=duration, picture=data_uri)
+    environment.filters["difference"] = contents.difference_text
     return environment
 
 
@@ -134,7 +138,7 @@ def progress_text(run: Run) -> str:
     if not epochs:
         return "No epoch has been recorded yet."
     last, planned = epochs[-1]["step"], run.epochs_planned
-    text = f"Epoch {last}" + (f" of {planned}" if planned else "")
+    text = f"Epoch {last}" + (f" of {planned}" if planned and last <= planned else "")
     if planned and last < planned:
         text += " (still running, or stopped before its end)"
     seconds = run.total("seconds/epoch")
@@ -144,11 +148,6 @@ def progress_text(run: Run) -> str:
 def estimate_text(item: Estimate | None) -> str:
     """Return `value [low, high]`, or a dash for a missing estimate."""
     return "-" if item is None else str(item)
-
-
-def difference_text(item: Estimate) -> str:
-    """Return a signed `value [low, high]`."""
-    return f"{item.value:+.3f} [{item.low:+.3f}, {item.high:+.3f}]"
 
 
 def duration(seconds: float) -> str:
@@ -187,7 +186,8 @@ def _evaluation_figure(run: Run, name: str, keys: Sequence[str], *, held_out: bo
     series = [Series(key, *run.curve(f"eval/{key}")) for key in keys]
     # Before and after alone stand in the table above: two points are no curve.
     drawn = [each for each in series if len(each.x) > 2]
-    text = "Mean on the evaluation prompts, which training never sees, from the same noise each time."
+    unseen = "" if contents.trains_on_evaluation(run) else ", which training never sees"
+    text = f"Mean on the evaluation prompts{unseen}, from the same noise each time."
     if held_out:
         text += " Not trained on: a fall here while the training reward rises means that one is being gamed."
     svg = Markup(line_chart(drawn, title=f"{name} on the evaluation prompts by epoch"))

@@ -13,6 +13,7 @@ from tiltflow.errors import RewardError, UnparsableError
 from tiltflow.rewards.base import GroupwiseRewardModel, RewardArguments, RewardModel, RewardModelOutput
 from tiltflow.rewards.lanes import Call, Inline, Lanes, Runner
 from tiltflow.rewards.media import Media
+from tiltflow.rewards.places import with_place
 from tiltflow.types import RewardFailure
 
 
@@ -190,10 +191,10 @@ class Pass:
     def _failures(self, rows: Sequence[int], answer: Answer | Exception) -> list[RewardFailure]:
         """Return the failures of one call, one for each distinct reason."""
         if isinstance(answer, Exception):
-            return [RewardFailure(self.name, tuple(rows), _kind(answer), str(answer))]
+            return [RewardFailure(self.name, tuple(rows), _kind(answer), with_place(answer))]
         reasons: dict[tuple[str, str], list[int]] = {}
         for place, error in sorted(answer.failures.items()):
-            reasons.setdefault((_kind(error), str(error)), []).append(rows[place])
+            reasons.setdefault((_kind(error), with_place(error)), []).append(rows[place])
         for place in (~answer.scores.isfinite()).nonzero().flatten().tolist():
             if place not in answer.failures:
                 reasons.setdefault(("not finite", "the reward is NaN or infinite"), []).append(rows[place])

@@ -17,6 +17,7 @@ from tiltflow.rewards.base import (
     RewardArguments,
     RewardModel,
 )
+from tiltflow.rewards.places import with_place
 from tiltflow.rewards.secrets import STARS, sealed, secret_names, starred
 from tiltflow.serving.wire import FIELDS
 from tiltflow.types import Config, Prompt
@@ -64,8 +65,9 @@ def reward_class(name: str) -> type[RewardModel]:
             contents = vars(import_module(module))
     except Exception as error:  # the user's module may fail in any way while it is imported
         raise RewardError(
-            f"reward_model={name!r}: {module or '(no module)'} cannot be imported: {type(error).__name__}: {error}; "
-            "the folder that holds it must be installed or on PYTHONPATH"
+            f"reward_model={name!r}: {module or '(no module)'} cannot be imported: {type(error).__name__}: "
+            f"{with_place(error)}; the folder that holds it must be the one that the command is called in, installed, "
+            "or on PYTHONPATH"
         ) from error
     if attribute not in contents:
         near = difflib.get_close_matches(attribute, [key for key in contents if isinstance(contents[key], type)], n=1)
@@ -163,7 +165,9 @@ def build_reward_model(arguments: RewardArguments, accelerator: Any = None) -> R
     except TiltflowError:
         raise
     except Exception as error:  # a constructor may fail in any way: no memory, no file, no network, a mistake
-        raise RewardError(f"reward {arguments.name!r} cannot be built: {type(error).__name__}: {error}") from error
+        raise RewardError(
+            f"reward {arguments.name!r} cannot be built: {type(error).__name__}: {with_place(error)}"
+        ) from error
 
 
 _FURTHER_KEYS = RewardArguments.model_fields.keys() - {"reward_model", "options"}
