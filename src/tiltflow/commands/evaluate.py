@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy
-from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
+from tiltflow.config import EvaluateConfig, RunConfig, configure_command, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
@@ -55,7 +55,7 @@ def run_evaluation(
     """
     policy_values, found = find_policy(checkpoint, model_name)
     values = {"policy": policy_values, "evaluation": found.evaluation.model_dump() if found else {}}
-    config: EvaluateConfig = configure(EvaluateConfig, values, overrides, source="evaluate")
+    config: EvaluateConfig = configure_command(EvaluateConfig, values, overrides, command="evaluate")
     source = prompts or (found.data.eval_prompts if found else None)
     if source is None:
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
