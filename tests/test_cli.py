@@ -287,7 +287,7 @@ def test_a_folder_without_a_model(
     (tmp_path / "empty").mkdir()
     assert cli.main(["train", str(write(policy={"model_name": str(tmp_path / "empty")}))]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"tiltflow train: policy.model_name={str(tmp_path / 'empty')!r} could not be loaded")
+    assert error.startswith(f"tiltflow train: policy.model_name={str(tmp_path / 'empty')!r}: could not be loaded")
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 

@@ -114,6 +114,14 @@ def test_keys_of_sections_that_a_config_leaves_out(tmp_path: Path) -> None:
     assert (found["model"]["from_scratch"]["vision_width"], found["model"]["from_scratch"]["patch_size"]) == (32, 8)
 
 
+def test_a_bare_source_is_a_set_of_pairs(tmp_path: Path) -> None:
+    path = write(tmp_path / "rm.yaml", image_text(data={"train": "a.jsonl", "validation": {"b": "b.jsonl"}}))
+    for typed, train in ((), "a.jsonl"), ([("data.train", "pairs/train.jsonl")], "pairs/train.jsonl"):
+        data = load_reward_config(path, typed)[1].model_dump()["data"]
+        assert (data["train"]["source"], data["train"]["drawn"]) == (train, None)
+        assert data["validation"]["b"]["source"] == "b.jsonl"
+
+
 def test_a_section_that_may_be_left_out_makes_no_other_key_ambiguous(tmp_path: Path) -> None:
     path = write(tmp_path / "lm.yaml", language())
     _, config = load_reward_config(path, [("lora.rank", "8"), ("dropout", "true"), ("lora.dropout", "0.1")])

@@ -129,13 +129,17 @@ def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ())
 
 def check_command(values: Mapping[str, Any], command: str, *, path: Path, source: str) -> None:
     """Raise a ConfigError that names the right command if a config file is not one for this command."""
-    model = values.get("model")
-    rewards = isinstance(model, Mapping) and "reward_model_type" in model
     pretrain = values.keys() & PretrainConfig.model_fields.keys() - {"seed", "output_dir", "model"}
-    found = [rewards, "policy" in values, bool(pretrain)]
+    found = [is_reward_config(values), "policy" in values, bool(pretrain)]
     right = next((name for name, is_it in zip(_COMMANDS, found, strict=True) if is_it), command)
     if right != command:
         raise ConfigError(f"{path} is {_COMMANDS[right]}; use it with: tiltflow {right} {source}")
+
+
+def is_reward_config(values: Mapping[str, Any]) -> bool:
+    """Tell whether the content of a config file is for training a reward model."""
+    model = values.get("model")
+    return isinstance(model, Mapping) and "reward_model_type" in model
 
 
 def configure(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy
+from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy, run_folder
 from tiltflow.config import EvaluateConfig, RunConfig, configure_command, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
@@ -67,7 +67,7 @@ def run_evaluation(
         with distributed.together():
             engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, distributed.accelerator))
             policy = _policy(config.policy, checkpoint, device=distributed.device, seed=found.seed if found else 0)
-        directory = output_dir or (checkpoint.parent / "evaluate" if checkpoint else Path("outputs", "evaluate"))
+        directory = output_dir or (run_folder(checkpoint) / "evaluate" if checkpoint else Path("outputs", "evaluate"))
         with torch.no_grad(), policy.weights.using("ema"):
             result = evaluate(
                 policy,
