@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": BASE | {"flow", "policies.base", "policies.parameters", "rewards.base"},
     "config": BELOW_REPORT | {"evaluation", "report", "demo"},
     "commands": BELOW_REPORT | {"evaluation", "report", "config"},
-    "cli": BASE | {"config", "commands", "runtime.malloc"},
+    "cli": BASE | {"config", "commands", "runtime.malloc", "runtime.overrides"},
     "__main__": {"cli"},
 }
 

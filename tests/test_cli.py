@@ -90,10 +90,10 @@ def test_print_config_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("arguments", "expected"),
     [
         (["--lr"], "--lr needs a value"),
-        (["--lr", "--rank", "3"], "--lr needs a value; '--rank' is the next key"),
-        (["lr", "3"], "'lr': write overrides as --key value"),
-        (["--lr", "1", "2"], "'2': write overrides as --key value"),
-        (["-lr", "3"], "'-lr': write overrides as --key value"),
+        (["--lr", "--rank", "3"], "--lr needs a value"),
+        (["lr", "3"], "'lr' belongs to no option; options are written --name value, and a list, a pattern"),
+        (["--lr", "1", "2"], "'2' belongs to no option; options are written --name value, and a list, a pattern"),
+        (["-lr", "3"], "'-lr' belongs to no option; options are written --name value, and a list, a pattern"),
         (["--train.lrr", "1"], "--train.lrr is not a key of the config; nearest: train.lr, train"),
         (
             ["--batch_size", "1"],
@@ -287,7 +287,7 @@ def test_a_folder_without_a_model(
     (tmp_path / "empty").mkdir()
     assert cli.main(["train", str(write(policy={"model_name": str(tmp_path / "empty")}))]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"tiltflow train: policy.model_name={str(tmp_path / 'empty')!r} could not be loaded")
+    assert error.startswith(f"tiltflow train: policy.model_name={str(tmp_path / 'empty')!r}: could not be loaded")
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
@@ -344,7 +344,7 @@ def test_neither_or_both_of_checkpoint_and_model(failing: Failing, command: list
             "reward 'Geneval' requires 'm",
         ),
         (["--num_step", "3"], "--num_step is not a key of the config; nearest: evaluation.num_steps"),
-        (["--num_steps", "0"], "evaluate: evaluation.num_steps=0: Input should be greater than or equal to 1"),
+        (["--num_steps", "0"], "--num_steps: evaluation.num_steps=0: Input should be greater than or equal to 1"),
     ],
 )
 def test_wrong_evaluations(failing: Failing, random_sd3: Path, arguments: list[str], expected: str) -> None:

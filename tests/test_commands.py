@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests.tiny import run_values
 from tiltflow import cli
-from tiltflow.config import RunConfig, run_config
+from tiltflow.commands.build import find_policy, run_folder
+from tiltflow.config import RunConfig, load_run_config, run_config
 from tiltflow.evaluation import EvaluationResult
 from tiltflow.policies.sd3 import SD3Policy
 from tiltflow.runtime import checkpoint as checkpoint_module
@@ -485,6 +486,23 @@ def test_a_checkpoint_is_evaluated_without_the_rewards_it_was_trained_on(
     capsys.readouterr()
     assert cli.main(["evaluate", *options]) == 2
     assert "no_such_module" in capsys.readouterr().err
+
+
+def test_a_checkpoint_may_be_the_working_folder(full_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, _ = full_run
+    monkeypatch.chdir(run_dir / "latest")
+    values, found = find_policy(Path("."), None)
+    assert found == load_run_config(str(run_dir / "config.yaml")) and values == found.policy.model_dump(mode="json")
+    assert run_folder(Path(".")).samefile(run_dir)  # where the results go, too
+
+
+def test_a_copied_checkpoint_tells_what_else_to_copy(
+    full_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "copy").symlink_to((full_run[0] / "latest").resolve())
+    assert cli.main(["sample", "--checkpoint", str(tmp_path / "copy"), "--prompt", "a star"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"expected {tmp_path / 'config.yaml'}: copy the run's config.yaml there\n")
 
 
 def test_evaluate_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,22 +248,30 @@ def test_a_missing_key_of_a_section() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
-        ("lr", "fast", "FILE: train.lr='fast': Input should be a valid number"),
-        ("lr", "nan", "FILE: train.lr=nan: Input should be a finite number"),
-        ("lr", ".nan", "FILE: train.lr=nan: Input should be a finite number"),
-        ("lr", "-inf", "FILE: train.lr=-inf: Input should be a finite number"),
-        ("betas", "[0.9, .nan]", "FILE: train.betas.1=nan: Input should be a finite number"),
-        ("tag_shares", "{colors: .inf}", "FILE: data.tag_shares.colors=inf: Input should be a finite number"),
-        ("tag_shares", "{colors: -1}", "FILE: data.tag_shares.colors=-1: Input should be greater than or equal to 0"),
-        ("epochs", "1.5", "FILE: train.epochs=1.5: Input should be a valid integer"),
-        ("epochs", "-1", "FILE: train.epochs=-1: Input should be greater than or equal to"),
-        ("keep", "0", "FILE: checkpoint.keep=0: Input should be greater than or equal to 1"),
-        ("sampler.num_steps", "0", "FILE: sampler.num_steps=0: Input should be greater than or equal to 1"),
-        ("finetune", "half", "FILE: policy.finetune='half': Input should be 'lora' or 'full'"),
-        ("betas", "0.9", "FILE: train.betas=0.9: Input should be a valid tuple"),
-        ("betas", "[0.9]", "FILE: key 'train.betas.1' is missing"),
-        ("train", "3", "FILE: train=3: Input should be a valid dictionary"),
-        ("rewards", "[]", "FILE: rewards=[]: Tuple should have at least 1 item"),
+        ("lr", "fast", "--lr: train.lr='fast': Input should be a valid number"),
+        ("lr", "nan", "--lr: train.lr=nan: Input should be a finite number"),
+        ("lr", ".nan", "--lr: train.lr=nan: Input should be a finite number"),
+        ("lr", "-inf", "--lr: train.lr=-inf: Input should be a finite number"),
+        ("betas", "[0.9, .nan]", "--betas: train.betas.1=nan: Input should be a finite number"),
+        ("tag_shares", "{colors: .inf}", "--tag_shares: data.tag_shares.colors=inf: Input should be a finite number"),
+        (
+            "tag_shares",
+            "{colors: -1}",
+            "--tag_shares: data.tag_shares.colors=-1: Input should be greater than or equal to 0",
+        ),
+        ("epochs", "1.5", "--epochs: train.epochs=1.5: Input should be a valid integer"),
+        ("epochs", "-1", "--epochs: train.epochs=-1: Input should be greater than or equal to"),
+        ("keep", "0", "--keep: checkpoint.keep=0: Input should be greater than or equal to 1"),
+        (
+            "sampler.num_steps",
+            "0",
+            "--sampler.num_steps: sampler.num_steps=0: Input should be greater than or equal to 1",
+        ),
+        ("finetune", "half", "--finetune: policy.finetune='half': Input should be 'lora' or 'full'"),
+        ("betas", "0.9", "--betas: train.betas=0.9: Input should be a valid tuple"),
+        ("betas", "[0.9]", "--betas: key 'train.betas.1' is missing"),
+        ("train", "3", "--train: train=3: Input should be a valid dictionary"),
+        ("rewards", "[]", "--rewards: rewards=[]: Tuple should have at least 1 item"),
         ("rewards", "3", "--rewards=3: write a list of rewards, one mapping, or names such as '[Geneval]'"),
         (
             "rewards",
@@ -323,11 +331,17 @@ def test_malformed_yaml_names_the_line_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("", "NoneType"), ("- a\n- b\n", "list"), ("just text\n", "str"), ("# empty\n", "NoneType")]
+    ("text", "problem"),
+    [
+        ("", "is empty; it must hold a mapping of keys"),
+        ("# empty\n", "is empty; it must hold a mapping of keys"),
+        ("- a\n- b\n", "must hold a mapping of keys; it holds list"),
+        ("just text\n", "must hold a mapping of keys; it holds str"),
+    ],
 )
-def test_a_file_that_holds_no_mapping(tmp_path: Path, text: str, kind: str) -> None:
+def test_a_file_that_holds_no_mapping(tmp_path: Path, text: str, problem: str) -> None:
     path = write(tmp_path / "a.yaml", text)
-    assert message(path) == f"config {path} must hold a mapping of keys; it holds {kind}"
+    assert message(path) == f"config {path} {problem}"
 
 
 def test_keys_that_are_no_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiltflow.cli import _overrides, _parser
+from tiltflow.cli import _parser
 from tiltflow.commands import find_kind
 from tiltflow.config import (
     EvaluateConfig,
@@ -19,6 +19,7 @@ from tiltflow.config import (
 )
 from tiltflow.reward_training.fit_config import FitConfig, FitRunConfig
 from tiltflow.rewards import RewardArguments, check_reward
+from tiltflow.runtime.overrides import NO_VALUE, read_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {
@@ -64,10 +65,11 @@ def test_commands_parse_and_their_overrides_exist(source):
     for line in commands:
         words = shlex.split(line, comments=True)
         known, rest = _parser().parse_known_args(words[words.index("tiltflow") + 1 :])
-        overrides = _overrides(rest)
+        overrides = read_overrides(rest)
         assert not overrides or known.command in SCHEMAS
-        for key, _ in overrides:
+        for key, value in overrides:
             assert resolve_key(key, SCHEMAS[known.command])
+            assert value != NO_VALUE
 
 
 def test_links_to_files_exist():

@@ -1,5 +1,7 @@
 """`tiltflow doctor`: every built-in reward, whether or not it could run here."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,11 @@ def test_rewards_that_compute_on_the_cpu_say_so_beside_a_gpu(monkeypatch: pytest
 def test_doctor_has_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--rewards", "OCR"]) == 2
     assert "--rewards is no option of doctor" in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_imported_is_named() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; from tiltflow import cli; sys.exit(cli.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "tiltflow doctor: a package that tiltflow needs cannot be imported: " in done.stderr
+    assert "diffusers" in done.stderr and "Traceback" not in done.stderr

@@ -119,7 +119,7 @@ def test_the_command_measures_an_image_text_model(tmp_path, capsys, clip):
     output = tmp_path / "r.json"
     words = [str(test), "--validation", f"{{source: {validation}}}", "--output", str(output)]
     assert main(["evaluate-reward", str(clip), *words]) == 2
-    assert re.search("line 10: .*not valid JSON", capsys.readouterr().err)
+    assert re.search("line 10: .*not valid JSON.* with --on_bad_record skip \\(in a config: ", capsys.readouterr().err)
     assert main(["evaluate-reward", str(clip), *words, "--on_bad_record", "skip", "--on_bad_image", "skip"]) == 0
     told = capsys.readouterr()
     assert "1 pairs: pairs: unreadable image, left out" in told.err

@@ -285,7 +285,7 @@ def test_results_of_runs_and_of_data_do_not_overwrite_each_other(tmp_path, monke
         (["--attribute", "kind"], "--attribute kind: the model gives LABEL_0; give a name or a number"),
         (["--columns", "better"], "evaluate-reward: columns='better'"),
         (["--validation", "v.jsonl"], "--validation is not for the kind of reward model in "),
-        (["--speed", "high"], "--speed is no option of it"),
+        (["--speed", "high"], "--speed is no option of evaluate-reward"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, capsys, more, message):

@@ -1,7 +1,9 @@
 """The command line: argument parsing only."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,8 +14,13 @@ from tiltflow.errors import ConfigError, TiltflowError
 from tiltflow.runtime.malloc import keep_memory
 
 Overrides = list[tuple[str, str]]
-WITH_CONFIG = ("train", "train-reward", "pretrain")
-FLAGS = ("--help", "--print-config")  # the only words with dashes that may come before the config
+WITH_CONFIG = {  # command -> the packaged configs that are for it
+    "train": ("shapes_ram", "words_ram", "shapes_pickscore", "geneval_sd3", "ocr_sd3", "pickscore_sd3"),
+    "train-reward": ("shapes_preference",),
+    "pretrain": ("tiny_sd3", "tiny_sd3_phase2", "tiny_words"),
+}
+RESUMED = ("train", "train-reward", "score")  # started again they go on from what is on disk
+FLAGS = ("--help", "--print-config", "--print_config")  # the only words with dashes that may come before the config
 SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "num_cpus", "num_gpus", "address")  # of serve
 KEPT_BYTES = 2**30  # of freed memory: what one step on a CPU frees, the next one needs
 # Set before the libraries are imported: their advice on loading is for people who call them directly.
@@ -21,7 +28,11 @@ QUIET = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 if a reward scored nothing, 2 after a user's error."""
+    """Run the command line and return its exit status.
+
+    Returns:
+        0, 1 if a reward scored nothing, 2 after a user's error, 130 after Ctrl+C.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     keep_memory(KEPT_BYTES)
@@ -32,10 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{words[1]}: the config comes first: tiltflow {words[0]} CONFIG {words[1]} ...")
     known, rest = parser.parse_known_args(words)
     try:
-        return int(known.run(known, _overrides(rest)) or 0)
+        from tiltflow.runtime.overrides import read_overrides
+
+        return int(known.run(known, read_overrides(rest)) or 0)
     except TiltflowError as error:
         print(f"tiltflow {known.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says so
+            again = "; run the same command again to go on" if known.command in RESUMED else ""
+            print(f"\ntiltflow {known.command}: interrupted{again}", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,24 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     _run_arguments(commands)
-
-    evaluate = commands.add_parser("evaluate", help="score a checkpoint's or a model's images", allow_abbrev=False)
-    _policy_arguments(evaluate)
-    evaluate.add_argument("--prompts", help="a named set (shapes, geneval, ocr, drawbench) or a file")
-    evaluate.add_argument(
-        "--rewards", help="YAML, for example '[Geneval]' or '[{reward_model: Geneval, detector: shapes}]'"
-    )
-    evaluate.add_argument("--output_dir", type=Path, help="where the results go; beside the checkpoint by default")
-    evaluate.add_argument("--name", help="of the result; the checkpoint's or the model's by default")
-    evaluate.set_defaults(run=_evaluate)
-
-    sample = commands.add_parser("sample", help="write images of prompts", allow_abbrev=False)
-    _policy_arguments(sample)
-    sample.add_argument("--prompt", action="append", required=True, help="what to draw; give it once per prompt")
-    sample.add_argument("--count", type=int, default=4, help="images per prompt")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
-    sample.set_defaults(run=_sample)
+    _checkpoint_commands(commands)
 
     score = commands.add_parser("score", help="score image files", allow_abbrev=False)
     score.add_argument(
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--output", type=Path, default=Path("outputs/scores.jsonl"), help=".jsonl, .csv or .parquet")
     score.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
     score.add_argument("--group_size", type=_positive, default=1, help="images in a row that belong to one group")
-    score.set_defaults(run=_score)
+    score.set_defaults(run=_score, parser=score)
 
     _evaluate_reward_arguments(commands)
 
@@ -86,27 +87,66 @@ def _parser() -> argparse.ArgumentParser:
         "rewards", nargs="+", help="names, Python paths, or '{reward_model: Geneval, detector: shapes, name: shapes}'"
     )
     _serve_arguments(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     doctor = commands.add_parser(
         "doctor", help="list every reward: importable? weights found? device", allow_abbrev=False
     )
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
 
 
 def _run_arguments(commands: Any) -> None:
     """Add the commands that make a run of a config."""
     kinds = {
-        "train": ("post-train a generator", "shapes_ram and others", _train),
-        "train-reward": ("train a reward model", "see docs/train_reward.md", _train_reward),
-        "pretrain": ("make a small model from scratch", "tiny_sd3 or tiny_words", _pretrain),
+        "train": ("post-train a generator", "--lr 1e-4 or --train.lr 1e-4", _train),
+        "train-reward": ("train a reward model", "--lr 1e-4 or --train.lr 1e-4", _train_reward),
+        "pretrain": ("make a small model from scratch", "--warmup_steps 8 or --autoencoder.lr 1e-3", _pretrain),
     }
-    for name, (does, packaged, run) in kinds.items():
-        command = commands.add_parser(name, help=does, allow_abbrev=False)
-        command.add_argument("config", help=f"path of a YAML file, or the name of a packaged config ({packaged})")
-        command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    for name, (does, example, run) in kinds.items():
+        command = commands.add_parser(
+            name,
+            help=does,
+            epilog=f"Any key of the config can be set too: {example}; --print-config shows them all.",
+            allow_abbrev=False,
+        )
+        packaged = ", ".join(WITH_CONFIG[name])
+        command.add_argument("config", help=f"path of a YAML file, or the name of a packaged config: {packaged}")
+        command.add_argument(
+            "--print-config", "--print_config", action="store_true", help="print the resolved config and stop"
+        )
         command.set_defaults(run=run)
+
+
+def _checkpoint_commands(commands: Any) -> None:
+    """Add the commands that put a checkpoint or a model to work."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a checkpoint's or a model's images",
+        epilog="Any key of the run's policy and evaluation can be set too, such as --evaluation.num_steps 20.",
+        allow_abbrev=False,
+    )
+    _policy_arguments(evaluate)
+    evaluate.add_argument("--prompts", help="a named set (shapes, geneval, ocr, drawbench) or a file")
+    evaluate.add_argument(
+        "--rewards", help="YAML, for example '[Geneval]' or '[{reward_model: Geneval, detector: shapes}]'"
+    )
+    evaluate.add_argument("--output_dir", type=Path, help="where the results go; beside the checkpoint by default")
+    evaluate.add_argument("--name", help="of the result; the checkpoint's or the model's by default")
+    evaluate.set_defaults(run=_evaluate)
+
+    sample = commands.add_parser(
+        "sample",
+        help="write images of prompts",
+        epilog="Any key of the run's policy and sampler can be set too, such as --sampler.num_steps 20.",
+        allow_abbrev=False,
+    )
+    _policy_arguments(sample)
+    sample.add_argument("--prompt", action="append", required=True, help="what to draw; give it once per prompt")
+    sample.add_argument("--count", type=int, default=4, help="images per prompt")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
+    sample.set_defaults(run=_sample)
 
 
 def _evaluate_reward_arguments(commands: Any) -> None:
@@ -137,15 +177,14 @@ def _evaluate_reward_arguments(commands: Any) -> None:
     pairs = judge.add_argument_group("of image-text models")
     pairs.add_argument("--validation", help="pairs that choose the threshold below which a pair is called a tie")
     pairs.add_argument("--on_bad_image", choices=("error", "skip"), help="error by default")
-    judge.set_defaults(run=_evaluate_reward)
+    judge.set_defaults(run=_evaluate_reward, parser=judge)
 
 
 def _positive(text: str) -> int:
     """Read a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: use at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number from 1")
+    return int(text)
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,8 +274,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _evaluate_reward(arguments: argparse.Namespace, overrides: Overrides) -> None:
-    if overrides:
-        raise ConfigError(f"--{overrides[0][0]} is no option of it; `tiltflow evaluate-reward --help` lists them")
+    _no_overrides(arguments, overrides)
     from tiltflow.commands import run_reward_evaluation
     from tiltflow.config import parse_value
 
@@ -274,8 +312,7 @@ def _sample(arguments: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def _score(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    if overrides:
-        raise ConfigError(f"--{overrides[0][0]} is no option of score; `tiltflow score --help` lists them")
+    _no_overrides(arguments, overrides)
     from tiltflow.commands import failure_causes, run_scoring, summary_table, without_score
 
     rows = run_scoring(
@@ -297,11 +334,7 @@ def _score(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _serve(arguments: argparse.Namespace, overrides: Overrides) -> None:
-    if overrides:
-        raise ConfigError(
-            f"--{overrides[0][0]} is no option of serve; `tiltflow serve --help` lists them; a reward's own options go "
-            "into its mapping"
-        )
+    _no_overrides(arguments, overrides, "; a reward's own options go into its mapping")
     from tiltflow.commands import CallSettings, run_serving
 
     run_serving(
@@ -320,30 +353,28 @@ def _serve(arguments: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> None:
-    if overrides:
-        raise ConfigError(f"--{overrides[0][0]} is no option of doctor; it has none")
-    from tiltflow.commands import doctor_report
+    _no_overrides(arguments, overrides)
+    try:
+        from tiltflow.commands import doctor_report
+    except (ImportError, OSError, RuntimeError) as error:  # a package that is missing, or broken in one of these ways
+        raise ConfigError(
+            f"a package that tiltflow needs cannot be imported: {error}; install it anew, for example with "
+            "pip install --force-reinstall tiltflow"
+        ) from error
 
     print(doctor_report())
 
 
-def _overrides(rest: Sequence[str]) -> Overrides:
-    """Read `--key value` and `--key=value` pairs."""
-    pairs: Overrides = []
-    waiting: str | None = None
-    for word in rest:
-        if waiting is not None and not word.startswith("--"):
-            pairs.append((waiting, word))
-            waiting = None
-        elif waiting is not None:
-            raise ConfigError(f"--{waiting} needs a value; {word!r} is the next key")
-        elif not word.startswith("--"):
-            raise ConfigError(f"{word!r}: write overrides as --key value")
-        elif "=" in word:
-            key, _, value = word[2:].partition("=")
-            pairs.append((key, value))
-        else:
-            waiting = word[2:]
-    if waiting is not None:
-        raise ConfigError(f"--{waiting} needs a value")
-    return pairs
+def _no_overrides(arguments: argparse.Namespace, overrides: Overrides, more: str = "") -> None:
+    """Check that a command which takes no keys of a config was given none.
+
+    Raises:
+        ConfigError: It was; names the nearest of its options.
+    """
+    if not overrides:
+        return
+    key, command = overrides[0][0], arguments.command
+    own = re.findall(r"--(\w+)", arguments.parser.format_usage())
+    near = difflib.get_close_matches(key, own, n=1, cutoff=0.6)
+    hint = f"; did you mean --{near[0]}?" if near else ";"
+    raise ConfigError(f"--{key} is no option of {command}{hint} `tiltflow {command} --help` lists them{more}")

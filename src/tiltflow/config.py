@@ -1,12 +1,12 @@
 """The run schema: every room's own config class, composed; reading YAML, overrides and packaged configs."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
@@ -14,8 +14,10 @@ from tiltflow.evaluation import EvaluationConfig, held_out
 from tiltflow.policies.sd3 import SD3Config
 from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
 from tiltflow.rewards.registry import check_reward, sealed_reward
+from tiltflow.runtime.overrides import matching_keys, override, resolve_key
 from tiltflow.runtime.tracking import TrackingConfig
-from tiltflow.runtime.yaml_values import parse_value, read_yaml, set_key
+from tiltflow.runtime.validation import shown, validate
+from tiltflow.runtime.yaml_values import parse_value, read_yaml
 from tiltflow.training.pretrain import PretrainConfig
 from tiltflow.training.rollout import SamplerConfig
 from tiltflow.training.trainer import TrainConfig
@@ -112,7 +114,7 @@ def load_run_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> R
             values[full] = override_rewards(full, text, known)
     if values.get("output_dir") is None:
         values["output_dir"] = f"outputs/{path.stem}"
-    return run_config(values, source=str(path))
+    return run_config(values, source=str(path), overrides=overrides)
 
 
 def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> PretrainConfig:
@@ -129,13 +131,17 @@ def load_pretrain_config(source: str, overrides: Sequence[tuple[str, str]] = ())
 
 def check_command(values: Mapping[str, Any], command: str, *, path: Path, source: str) -> None:
     """Raise a ConfigError that names the right command if a config file is not one for this command."""
-    model = values.get("model")
-    rewards = isinstance(model, Mapping) and "reward_model_type" in model
     pretrain = values.keys() & PretrainConfig.model_fields.keys() - {"seed", "output_dir", "model"}
-    found = [rewards, "policy" in values, bool(pretrain)]
+    found = [is_reward_config(values), "policy" in values, bool(pretrain)]
     right = next((name for name, is_it in zip(_COMMANDS, found, strict=True) if is_it), command)
     if right != command:
         raise ConfigError(f"{path} is {_COMMANDS[right]}; use it with: tiltflow {right} {source}")
+
+
+def is_reward_config(values: Mapping[str, Any]) -> bool:
+    """Tell whether the content of a config file is for training a reward model."""
+    model = values.get("model")
+    return isinstance(model, Mapping) and "reward_model_type" in model
 
 
 def configure(
@@ -146,15 +152,36 @@ def configure(
     Raises:
         ConfigError: As `load_run_config`.
     """
-    return validate(schema, override(values, overrides, schema), source=source)
+    return validate(schema, override(values, overrides, schema), source=source, overrides=overrides)
 
 
-def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = True) -> RunConfig:
+def configure_command(
+    schema: type[Any], values: Mapping[str, Any], overrides: Sequence[tuple[str, str]], *, command: str
+) -> Any:
+    """Return what a command takes of a run's config, such as an EvaluateConfig, from values and overrides.
+
+    Raises:
+        ConfigError: As `configure`; of another section's key, names those that the command takes.
+    """
+    for key, _ in overrides:
+        if matching_keys(key, RunConfig) and not matching_keys(key, schema):
+            raise ConfigError(f"--{key}: {command} takes keys of {' and '.join(schema.model_fields)} only")
+    return configure(schema, values, overrides, source=command)
+
+
+def run_config(
+    values: Mapping[str, Any],
+    *,
+    source: str,
+    overrides: Sequence[tuple[str, str]] = (),
+    check_rewards: bool = True,
+) -> RunConfig:
     """Check a nested mapping against the schema.
 
     Args:
         values: The content of a config file.
         source: Named in messages.
+        overrides: What has been set over the source; named instead where it is wrong.
         check_rewards: Import every reward's class and check its options too; their secrets are shown nowhere then.
 
     Raises:
@@ -165,7 +192,7 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
     for key in REWARD_KEYS:
         if key in normal:
             normal[key] = normalise_rewards(normal[key], key=key)
-    config: RunConfig = validate(RunConfig, normal, source=source)
+    config: RunConfig = validate(RunConfig, normal, source=source, overrides=overrides)
     if not check_rewards:
         return config
     checked: dict[str, tuple[RewardArguments, ...]] = {}
@@ -176,19 +203,6 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
     return config.model_copy(update=checked)
 
 
-def validate(schema: type[Any], values: Mapping[str, Any], *, source: str) -> Any:
-    """Validate values against a config class.
-
-    Raises:
-        ConfigError: The first problem: an unknown key with the nearest one, a missing key, or a wrong value.
-    """
-    try:
-        return schema.model_validate(dict(values))
-    except ValidationError as error:
-        problems = error.errors()
-        raise ConfigError("\n".join(_describe(problem, schema, source) for problem in problems[:5])) from error
-
-
 def normalise_rewards(value: Any, *, key: str = "rewards") -> list[dict[str, Any]]:
     """Bring `rewards:` into its full form: a list of entries whose own options are under `options`.
 
@@ -196,7 +210,7 @@ def normalise_rewards(value: Any, *, key: str = "rewards") -> list[dict[str, Any
     """
     entries = [value] if isinstance(value, str | Mapping) else value
     if not isinstance(entries, list | tuple):
-        raise ConfigError(f"{key}={value!r}: write a list of rewards, one mapping, or names such as '[Geneval]'")
+        raise ConfigError(f"{key}={shown(value)}: write a list of rewards, one mapping, or names such as '[Geneval]'")
     return [_normalise_reward(entry, key=key) for entry in entries]
 
 
@@ -221,14 +235,16 @@ def _normalise_reward(entry: Any, *, key: str) -> dict[str, Any]:
     if isinstance(entry, str):
         return {"name": entry.rpartition(".")[2], "reward_model": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("reward_model"), str):
-        got = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else repr(entry)  # not the secrets
+        got = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else shown(entry)
         raise ConfigError(f"{key}: an entry needs `reward_model` (a built-in name or a Python path); got {got}")
     known = {name: value for name, value in entry.items() if name in RewardArguments.model_fields}
     own = {str(name): value for name, value in entry.items() if name not in RewardArguments.model_fields}
     known.setdefault("name", entry["reward_model"].rpartition(".")[2])
     options = known.get("options") or {}
     if not isinstance(options, Mapping):
-        raise ConfigError(f"{key}: options={options!r} of {known['name']!r} must be a mapping of the reward's own keys")
+        raise ConfigError(
+            f"{key}: options={shown(options)} of {known['name']!r} must be a mapping of the reward's own keys"
+        )
     twice = sorted(set(own) & set(options))
     if twice:
         raise ConfigError(f"{key}: {known['name']!r} gives {twice[0]!r} both directly and under options; keep one")
@@ -263,82 +279,6 @@ def _packaged_hint(name: str) -> str:
     return (f"; did you mean {near[0]!r}?" if near else "") + f"; packaged: {', '.join(names)}"
 
 
-def override(
-    values: Mapping[str, Any], overrides: Sequence[tuple[str, str]], schema: type[BaseModel]
-) -> dict[str, Any]:
-    """Return a config's values with overrides set; neither argument is changed.
-
-    Raises:
-        ConfigError: A key is unknown or ambiguous, a value is not YAML, or a section of the file is not a mapping.
-    """
-    result = dict(values)
-    for key, text in overrides:
-        full = resolve_key(key, schema)
-        set_key(result, full, parse_value(key, text, as_text=_is_text(schema, full)))
-    return result
-
-
-def resolve_key(key: str, schema: type[BaseModel]) -> str:
-    """Return the full dotted name of a key given in full or by the last part of exactly one key.
-
-    Raises:
-        ConfigError: No key or several keys match; lists the candidates.
-    """
-    keys = list(dotted_keys(schema))
-    if key in keys:
-        return key
-    matches = [full for full in keys if full.endswith(f".{key}")]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ConfigError(f"--{key} is ambiguous; it could be: {', '.join(matches)}")
-    last_parts = {full.rpartition(".")[2]: full for full in keys}
-    near = [
-        last_parts.get(name, name) for name in difflib.get_close_matches(key, [*keys, *last_parts], n=3, cutoff=0.6)
-    ]
-    hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else f"; keys: {', '.join(keys)}"
-    raise ConfigError(f"--{key} is not a key of the config{hint}")
-
-
-def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every key of a schema, sections included, in full dotted form."""
-    for name, info in schema.model_fields.items():
-        yield prefix + name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from dotted_keys(info.annotation, f"{prefix}{name}.")
-
-
 def dump(config: Config) -> str:
     """Return a config as YAML that loads to the same config, but for secrets of rewards, which it does not show."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _is_text(schema: type[BaseModel], key: str) -> bool:
-    """Tell whether a key of the schema holds text, or text or nothing."""
-    section, _, rest = key.partition(".")
-    annotation = schema.model_fields[section].annotation
-    if rest:
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        return _is_text(annotation, rest)
-    return annotation is str or set(get_args(annotation)) == {str, type(None)}
-
-
-def _describe(problem: Any, schema: type[BaseModel], source: str) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{source}: unknown key {path!r}{_nearest(path, schema)}"
-    if problem["type"] == "missing":
-        return f"{source}: key {path!r} is missing; it has no default"
-    return f"{source}: {path}={problem.get('input')!r:.100}: {problem['msg']}"
-
-
-def _nearest(path: str, schema: type[BaseModel]) -> str:
-    """Return a hint at the key that an unknown one is nearest to: one of its own section before any other."""
-    section, _, name = path.rpartition(".")
-    last_parts = {full: full.rpartition(".")[2] for full in dotted_keys(schema)}
-    own = [full for full in last_parts if full.rpartition(".")[0] == section]
-    for keys in (own, list(last_parts)):
-        near = difflib.get_close_matches(name, [last_parts[full] for full in keys], n=1, cutoff=0.6)
-        if near:
-            return f"; did you mean {next(full for full in keys if last_parts[full] == near[0])!r}?"
-    return f"; keys of {section or 'the config'}: {', '.join(last_parts[full] for full in own)}"

@@ -135,7 +135,9 @@ def test_missing_file_names_the_sets() -> None:
 
 
 def test_a_mistyped_set_is_suggested() -> None:
-    with pytest.raises(DataError, match="'shape': no such file or set; did you mean 'shapes'"):
+    with pytest.raises(
+        DataError, match="'shape': no such file or set; did you mean 'shapes'\\?\\. Named sets: shapes, "
+    ):
         load_prompts("shape", split="train")
 
 

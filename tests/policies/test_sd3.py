@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiltflow.commands import EMBEDDED_MODELS
 from tiltflow.errors import ConfigError
 from tiltflow.flow import sample
-from tiltflow.policies.sd3 import SD3Config, SD3Policy
+from tiltflow.policies.sd3 import SD3Config, SD3Policy, load_pipeline
 from tiltflow.training import SamplerConfig, rollout
 from tiltflow.types import Prompt
 
@@ -34,6 +34,30 @@ def perturb(policy, scale=0.1):
         for parameter in policy.weights.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     policy.weights.follow("ema", decay=0.0)
+
+
+@pytest.mark.parametrize("name", ["./outputs/mine/model", "/nowhere/model", "~/model", "outputs/mine/model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^policy.model_name='{name}': no such folder; give a local folder"):
+        load_pipeline(name)
+
+
+def test_what_the_hub_refuses_is_told_without_advice_for_callers(tmp_path, monkeypatch):
+    class Unreachable:
+        @staticmethod
+        def from_pretrained(name, dtype):
+            raise OSError(f"{name}: pass local_files_only=False. See the stacktrace above.") from OSError("no route.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tiltflow.policies.sd3.StableDiffusion3Pipeline", Unreachable)
+    for name in ("outputs/mine", "tiny_sd33"):
+        with pytest.raises(ConfigError) as raised:
+            load_pipeline(name)
+        assert str(raised.value).startswith(
+            f"policy.model_name='{name}': there is no such folder, and as the name of a hub repository it could not be "
+            "loaded: no route; give a local folder"
+        )
 
 
 @pytest.mark.parametrize(

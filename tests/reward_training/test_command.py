@@ -346,6 +346,17 @@ def test_a_config_of_another_command_names_it(tmp_path: Path, capsys: pytest.Cap
         assert f"use it with: tiltflow {right} {packaged}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["evaluate"], ["sample", "--prompt", "a star"]])
+def test_a_reward_model_makes_no_images(finished: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = finished / "out" / "latest"
+    assert cli.main([*words, "--checkpoint", str(checkpoint)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"tiltflow {words[0]}: {checkpoint} is of a reward model, which makes no images; measure it with: "
+        f"tiltflow evaluate-reward {finished / 'out' / 'model'} DATA"
+    )
+
+
 def test_print_config_and_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(tmp_path)
     assert run(config, "--print-config", "--train.lr", "1e-3", "--hidden=2", "--validate_every", "0.25") == 0

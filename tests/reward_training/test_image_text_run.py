@@ -194,7 +194,8 @@ def test_a_run_that_a_bad_pair_has_stopped_goes_on_without_it(
     config = str(write(tmp_path, data={"train": {"source": str(data)}, "validation": {}}, train=train))
     assert cli.main(["train-reward", config]) == 2
     assert (
-        "line 4: the preferred image is the other one; remove the pair; or set on_bad_image" in capsys.readouterr().err
+        "line 4: the preferred image is the other one; remove the pair; or leave such pairs out with --on_bad_image "
+        "skip --on_bad_record skip (keys of a config too)" in capsys.readouterr().err
     )
     assert cli.main(["train-reward", config, "--on_bad_image", "skip", "--on_bad_record", "skip"]) == 0
     told = capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tiltflow.algorithms import ALGORITHMS
-from tiltflow.config import RunConfig, read_yaml, run_config
+from tiltflow.config import RunConfig, is_reward_config, read_yaml, run_config
 from tiltflow.data import PromptStream, load_prompts
 from tiltflow.errors import CheckpointError, ConfigError
 from tiltflow.policies.sd3 import SD3Config, SD3Policy
@@ -129,11 +129,16 @@ def described(policy: SD3Config, prompts: str, rewards: Sequence[RewardArguments
     }
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """Return the folder of the run that made a checkpoint, which may be given as `.`."""
+    return checkpoint.absolute().parent
+
+
 def find_policy(checkpoint: Path | None, model_name: str | None) -> tuple[dict[str, Any], RunConfig | None]:
     """Return the values of `policy:` for a checkpoint or a bare model, and the config that made the checkpoint.
 
     Raises:
-        ConfigError: Neither or both are given.
+        ConfigError: Neither or both are given, or the checkpoint is of a reward model.
         CheckpointError: The checkpoint is damaged or none at all, or its config is not beside it.
     """
     if checkpoint is not None and model_name is not None:
@@ -144,9 +149,18 @@ def find_policy(checkpoint: Path | None, model_name: str | None) -> tuple[dict[s
     if checkpoint is None:
         raise ConfigError("give --checkpoint outputs/<run>/latest or --model_name")
     verify_checkpoint(checkpoint)
-    path = checkpoint.parent / CONFIG_FILE
+    path = run_folder(checkpoint) / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{checkpoint}: the config that made it is not beside it; expected {path}")
+        raise CheckpointError(
+            f"{checkpoint}: the config that made it is not beside it; expected {path}: copy the run's {CONFIG_FILE} "
+            "there"
+        )
+    values = read_yaml(path)
+    if is_reward_config(values):
+        raise ConfigError(
+            f"{checkpoint} is of a reward model, which makes no images; measure it with: "
+            f"tiltflow evaluate-reward {path.parent / 'model'} DATA"
+        )
     # What the run was trained on need not be importable to look at its images.
-    found = run_config(read_yaml(path), source=str(path), check_rewards=False)
+    found = run_config(values, source=str(path), check_rewards=False)
     return found.policy.model_dump(mode="json"), found

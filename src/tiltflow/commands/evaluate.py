@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy
+from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy, run_folder
 from tiltflow.commands.run_folder import warn
-from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
+from tiltflow.config import EvaluateConfig, RunConfig, configure_command, normalise_rewards, override_rewards, validate
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate, few_prompts_note
@@ -56,7 +56,7 @@ def run_evaluation(
     """
     policy_values, found = find_policy(checkpoint, model_name)
     values = {"policy": policy_values, "evaluation": found.evaluation.model_dump() if found else {}}
-    config: EvaluateConfig = configure(EvaluateConfig, values, overrides, source="evaluate")
+    config: EvaluateConfig = configure_command(EvaluateConfig, values, overrides, command="evaluate")
     source = prompts or (found.data.eval_prompts if found else None)
     if source is None:
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
@@ -68,7 +68,7 @@ def run_evaluation(
         with distributed.together():
             engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, distributed.accelerator))
             policy = _policy(config.policy, checkpoint, device=distributed.device, seed=found.seed if found else 0)
-        directory = output_dir or (checkpoint.parent / "evaluate" if checkpoint else Path("outputs", "evaluate"))
+        directory = output_dir or (run_folder(checkpoint) / "evaluate" if checkpoint else Path("outputs", "evaluate"))
         with torch.no_grad(), policy.weights.using("ema"):
             result = evaluate(
                 policy,

@@ -95,12 +95,8 @@ class _Watched:
 
 def _read(text: str, rules: PairFilter) -> ImagePreferences:
     """Open the pairs that a source, or a mapping such as `{source: ..., split: ...}`, names."""
-    if text.startswith("{"):
-        values = parse_value("data", text)
-        config: PairsConfig = validate(PairsConfig, values, source=text)
-    else:
-        config = PairsConfig(source=text)
-    return read_pairs(config, rules)
+    values = parse_value("data", text) if text.startswith("{") else text
+    return read_pairs(validate(PairsConfig, values, source=text), rules)
 
 
 def _scores(network: CLIPRewardModel, name: str, pairs: ImagePreferences) -> PairRewards:

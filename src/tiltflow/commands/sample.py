@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tiltflow.commands.build import build_policy, find_policy
-from tiltflow.config import SampleConfig, configure
+from tiltflow.config import SampleConfig, configure_command
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationConfig
 from tiltflow.report import save_grid
@@ -46,7 +46,7 @@ def run_sampling(
     policy_values, found = find_policy(checkpoint, model_name)
     evaluation = found.evaluation if found else EvaluationConfig()
     values = {"policy": policy_values, "sampler": evaluation.sampler.model_dump()}
-    config: SampleConfig = configure(SampleConfig, values, overrides, source="sample")
+    config: SampleConfig = configure_command(SampleConfig, values, overrides, command="sample")
     distributed = Distributed()
     is_main = distributed.is_main
     try:

@@ -135,7 +135,10 @@ class ImagePreferences:
     def _skip(self, place: int, name: str, message: str, policy: OnBad) -> dict[str, Any]:
         """Note a pair and return what takes its place, which counts nowhere; or raise."""
         if policy == "error":
-            raise DataError(f"{message}; or set on_bad_image and on_bad_record to skip")
+            raise DataError(
+                f"{message}; or leave such pairs out with --on_bad_image skip --on_bad_record skip (keys of a "
+                "config too)"
+            )
         self.found[place] = name
         return {"weight": 0.0, **_blank(skipped=True)}
 

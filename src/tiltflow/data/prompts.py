@@ -104,4 +104,4 @@ def _existing(source: str) -> Path:
         return path
     near = difflib.get_close_matches(source, PROMPT_SETS, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"prompts {source!r}: no such file or set{hint} Named sets: {', '.join(PROMPT_SETS)}")
+    raise DataError(f"prompts {source!r}: no such file or set{hint}. Named sets: {', '.join(PROMPT_SETS)}")

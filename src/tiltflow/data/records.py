@@ -40,7 +40,10 @@ class LeftOut:
             DataError: Bad records are errors.
         """
         if self.on_bad == "error":
-            raise DataError(f"{place}: {problem}; correct it, or leave such records out: on_bad_record: skip")
+            raise DataError(
+                f"{place}: {problem}; correct it, or leave such records out with "
+                "--on_bad_record skip (in a config: on_bad_record: skip)"
+            )
         self.counts[problem.kind] += 1
 
 

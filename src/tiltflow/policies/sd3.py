@@ -222,16 +222,23 @@ def load_pipeline(model_name: str, *, text_encoder_dtype: torch.dtype = torch.fl
     Raises:
         ConfigError: There is no such folder and the hub does not know or give it.
     """
+    remedy = (
+        "give a local folder in diffusers format, the name of a hub repository that you may access (gated ones need "
+        "`hf auth login`), or 'tiny_sd3' for the embedded model"
+    )
+    if not Path(model_name).exists() and (model_name.startswith(("/", ".", "~")) or model_name.count("/") > 1):
+        raise ConfigError(f"policy.model_name={model_name!r}: no such folder; {remedy}")
     disable_progress_bar()
     dtypes = {"default": torch.float32} | dict.fromkeys(TEXT_ENCODERS, text_encoder_dtype)
     try:
         return StableDiffusion3Pipeline.from_pretrained(model_name, dtype=dtypes)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"policy.model_name={model_name!r} could not be loaded as a Stable Diffusion 3 pipeline: {error}; "
-            "give a local folder in diffusers format, the name of a hub repository that you may access (gated ones "
-            "need `hf auth login`), or 'tiny_sd3' for the embedded model."
-        ) from error
+        # The hub's own refusal is the cause; what diffusers says around it is advice for who calls it directly.
+        reason = str(error.__cause__ or error).rstrip(".")
+        problem = "could not be loaded as a Stable Diffusion 3 pipeline"
+        if not Path(model_name).exists():
+            problem = "there is no such folder, and as the name of a hub repository it could not be loaded"
+        raise ConfigError(f"policy.model_name={model_name!r}: {problem}: {reason}; {remedy}") from error
 
 
 def _jsonable(value: Any) -> Any:

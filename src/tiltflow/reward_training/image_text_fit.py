@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -52,7 +52,7 @@ class ImageTextModelConfig(RewardModelConfig):
 
 
 class PairsConfig(Config):
-    """One set of pairs."""
+    """One set of pairs; a text alone is its source."""
 
     source: str | None = None  # file, glob pattern, folder of shards, or owner/name:config@split of the hub
     split: str | None = None  # of the folder or the hub's set
@@ -62,6 +62,11 @@ class PairsConfig(Config):
     filter_ties: bool | None = None
     weight_by_prompt: bool | None = None
     pairs_per_prompt: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_source(cls, values: Any) -> Any:
+        return {"source": values} if isinstance(values, str) else values
 
     @model_validator(mode="after")
     def _one_source(self) -> "PairsConfig":

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from tiltflow.errors import ConfigError
+
+NO_VALUE: Final = "\0"  # of a key that was typed without one; no word of a command line can hold it
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not valid YAML: {_one_line(error)}") from error
+    if values is None:
+        raise ConfigError(f"config {path} is empty; it must hold a mapping of keys")
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must hold a mapping of keys; it holds {type(values).__name__}")
     for key in values:
@@ -36,13 +40,19 @@ def parse_value(key: str, text: str, *, as_text: bool = False) -> Any:
         key: Named in the message of an error.
         text: What was typed.
         as_text: The key holds text: a project called `2024` or `1e5` stays one, only `null` is none.
+
+    Raises:
+        ConfigError: It is not YAML, or there is none.
     """
+    if text == NO_VALUE:
+        raise ConfigError(f"--{key} needs a value")
     if as_text and text not in ("null", "~", ""):
         return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--{key} {text!r} is not a valid YAML value: {_one_line(error)}") from error
+        typed = "" if "{" in text else f" {text!r}"  # a mapping may hold secrets
+        raise ConfigError(f"--{key}{typed} is not a valid YAML value: {_one_line(error)}") from error
     if isinstance(value, str):
         try:
             return float(value)

@@ -153,8 +153,8 @@ class RewardServer(ABC):
         """Serve until SIGTERM or SIGINT.
 
         Raises:
-            ConfigError: A package is missing, the address cannot be had, the worker processes could not import this
-                class, or the model could not be made.
+            ConfigError: A package is missing, or the worker processes could not import this class.
+            SystemExit: The address cannot be had, or the model could not be made; says which, with status 1.
         """
         cls = type(self)
         if "settings" not in vars(self):
@@ -190,7 +190,10 @@ class RewardServer(ABC):
         note = ""
         if cls.__init__ is not RewardServer.__init__ and cls.setup is RewardServer.setup:
             note = f"what {cls.__name__}.__init__ loads is loaded in this process too, for nothing; load it in setup()"
-        run_server([spec], self.settings, note=note)
+        try:
+            run_server([spec], self.settings, note=note)
+        except ConfigError as error:  # told in one line: nothing of it is a mistake in the caller's code
+            sys.exit(f"tiltflow: {error}")
 
 
 class UserScorer:
