@@ -343,6 +343,10 @@ def test_neither_or_both_of_checkpoint_and_model(failing: Failing, command: list
             ["--prompts", "ocr", "--rewards", "{reward_model: Geneval, detector: shapes}"],
             "reward 'Geneval' requires 'm",
         ),
+        (
+            ["--prompts", "shapes", "--rewards", "tests.rewards_for_tests.Rank", "--images_per_prompt", "1"],
+            "evaluation.images_per_prompt=1: reward 'Rank' compares the images of a prompt with each other",
+        ),
         (["--num_step", "3"], "--num_step is not a key of the config; nearest: evaluation.num_steps"),
         (["--num_steps", "0"], "evaluate: evaluation.num_steps=0: Input should be greater than or equal to 1"),
     ],

@@ -12,8 +12,8 @@ from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationConfig, held_out
 from tiltflow.policies.sd3 import SD3Config
-from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
-from tiltflow.rewards.registry import check_reward, sealed_reward
+from tiltflow.rewards.base import PROVIDED_FIELDS, GroupwiseRewardModel, RewardArguments
+from tiltflow.rewards.registry import check_reward, reward_class, sealed_reward
 from tiltflow.runtime.tracking import TrackingConfig
 from tiltflow.runtime.yaml_values import parse_value, read_yaml, set_key
 from tiltflow.training.pretrain import PretrainConfig
@@ -171,7 +171,33 @@ def run_config(values: Mapping[str, Any], *, source: str, check_rewards: bool = 
         for reward in rewards:
             check_reward(reward, provided=PROVIDED_FIELDS)
         checked[key] = tuple(map(sealed_reward, rewards))
+    size = config.evaluation.images_per_prompt
+    check_group_size(config.eval_rewards or config.rewards, size, key="evaluation.images_per_prompt")
     return config.model_copy(update=checked)
+
+
+def groupwise_names(rewards: Sequence[RewardArguments]) -> list[str]:
+    """Return the names of the rewards that compare the images of a prompt with each other."""
+    return [each.name for each in rewards if issubclass(reward_class(each.reward_model), GroupwiseRewardModel)]
+
+
+def check_group_size(rewards: Sequence[RewardArguments], size: int, *, key: str) -> None:
+    """Check that groupwise rewards have something to compare.
+
+    Args:
+        rewards: That will score the groups.
+        size: Images of each group.
+        key: What decides it.
+
+    Raises:
+        ConfigError: One is groupwise, and groups are of one image.
+    """
+    groupwise = groupwise_names(rewards)
+    if groupwise and size < 2:
+        raise ConfigError(
+            f"{key}={size}: reward {groupwise[0]!r} compares the images of a prompt with each other, and of one "
+            "image its score says nothing; use at least 2"
+        )
 
 
 def validate(schema: type[Any], values: Mapping[str, Any], *, source: str) -> Any:

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy
-from tiltflow.config import EvaluateConfig, RunConfig, configure, normalise_rewards, override_rewards, validate
+from tiltflow.config import (
+    EvaluateConfig,
+    RunConfig,
+    check_group_size,
+    configure,
+    normalise_rewards,
+    override_rewards,
+    validate,
+)
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate
@@ -61,6 +69,7 @@ def run_evaluation(
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
     lines = load_prompts(source, split="test", blocklist=found.data.blocklist if found else ())
     arguments = _checked_rewards(rewards, found, config.policy.model_name)
+    check_group_size(arguments, config.evaluation.images_per_prompt, key="evaluation.images_per_prompt")
     check_prompts(arguments, lines, source=source)
     distributed = Distributed()
     try:
