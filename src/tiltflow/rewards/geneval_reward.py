@@ -2,9 +2,9 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
-from tiltflow.rewards.geneval import Detection, GenevalResult, colored_classes, score_detections
+from tiltflow.rewards.geneval import COLORS, Detection, GenevalResult, check_findable, colored_classes, score_detections
 from tiltflow.types import Config, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class".
@@ -28,6 +28,13 @@ class Detector(Protocol):
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[Detection]]:
         """Return the objects of each RGB image, uint8 `[H, W, 3]`."""
         ...
+
+
+class KnownClasses:
+    """Base of a detector that tells what it can find, so that prompts which ask for more are refused beforehand."""
+
+    classes: ClassVar[Sequence[str]]  # labels of its detections
+    colors: ClassVar[Sequence[str]] = COLORS
 
 
 class ColoringDetector(ABC):
@@ -105,6 +112,24 @@ class GenevalReward(PointwiseRewardModel):
             DataError: It is malformed.
         """
         score_detections([], prompt.metadata)
+
+    @classmethod
+    def prompt_check(cls, options: GenevalOptions) -> Callable[[Prompt], None]:
+        """Return a check of the metadata that also refuses what the detector cannot find, if that says what it can.
+
+        Raises:
+            RewardError: There is no such detector.
+        """
+        detector = detector_class(options.detector)
+        if not (isinstance(detector, type) and issubclass(detector, KnownClasses)):
+            return cls.check_prompt
+        known = detector
+
+        def check(prompt: Prompt) -> None:
+            cls.check_prompt(prompt)
+            check_findable(prompt.metadata, classes=known.classes, colors=known.colors)
+
+        return check
 
     def __call__(
         self,
