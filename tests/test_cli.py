@@ -261,7 +261,9 @@ def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
     )
     assert "reward 'clips' requires 'video'" in failing("train", write(policy=nowhere, rewards=video))
     monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path))
-    assert "the weights mask2former_swin-s" in failing("train", write(policy=nowhere, rewards=["Geneval"]))
+    photos = {"prompts": "geneval", "eval_prompts": "geneval"}
+    assert "the weights mask2former_swin-s" in failing("train", write(policy=nowhere, data=photos, rewards=["Geneval"]))
+    assert "cannot find the class 'star'" in failing("train", write(policy=nowhere, rewards=["Geneval"]))
     for key in ("rewards", "eval_rewards"):
         assert "PickScore_v1 was not found" in failing("train", write(policy=nowhere, **{key: ["PickScore"]}))
     # an override by name takes the config's own entry, the drawn world's detector included

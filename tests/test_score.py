@@ -15,6 +15,7 @@ from tiltflow import cli
 from tiltflow.commands import failure_causes
 from tiltflow.commands import score as score_module
 from tiltflow.data.images import ImageFile, find_images
+from tiltflow.errors import ConfigError
 from tiltflow.rewards import RewardModelOutput
 
 BRIGHTNESS = "tests.rewards_for_tests.Brightness"
@@ -78,6 +79,39 @@ def test_a_jsonl_file_with_metadata(tmp_path: Path) -> None:
     (row,) = rows_of(score(tmp_path, "--rewards", reward, "--images", tmp_path / "list.jsonl"))
     assert row["scores"] == {"Geneval": 0.0}
     assert (row["info"]["Geneval"]["tag"], row["info"]["Geneval"]["correct"]) == ("single_object", False)
+
+
+def test_a_jsonl_file_of_images_with_a_file_of_prompts(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (214, 214, 208)).save(tmp_path / "empty.png")
+    include = {"tag": "single_object", "include": [{"class": "star", "count": 1}]}
+    (tmp_path / "images.jsonl").write_text(json.dumps({"image": "empty.png", "prompt": "replaced", "tag": "x"}) + "\n")
+    (tmp_path / "bare.jsonl").write_text(json.dumps({"image": "empty.png", **include}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a photo of a star", **include}) + "\n")
+    (tmp_path / "prompts.txt").write_text("a photo of a star\n")
+    reward = ("--rewards", "{reward_model: Geneval, detector: shapes, score: strict}", BRIGHTNESS)
+    for images, prompts in (("bare.jsonl", "prompts.txt"), ("images.jsonl", "prompts.jsonl")):
+        (row,) = rows_of(score(tmp_path, *reward, "--images", tmp_path / images, "--prompts", tmp_path / prompts))
+        assert row["prompt"] == "a photo of a star" and row["scores"]["Geneval"] == 0.0
+    (row,) = rows_of(score(tmp_path, "--rewards", REDNESS, "--images", tmp_path / "bare.jsonl"))
+    assert row["prompt"] == ""
+
+
+def test_a_reward_may_need_no_prompt_with_its_options(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nothing listens there: that is told row by row, and not that prompts are missing.
+    judge = "{reward_model: vllm_evaluate, api_base_url: 'http://127.0.0.1:9/v1', max_retries: 0, QUESTION}"
+    arguments = ["score", "--images", f"{images}/[01].png", "--output", str(tmp_path / "s.jsonl"), "--rewards"]
+    assert cli.main([*arguments, judge.replace(", QUESTION", "")]) == 1
+    assert "vllm_evaluate failed on 2 of 2 images" in capsys.readouterr().err
+    assert cli.main([*arguments, judge.replace("QUESTION", "question: 'Is it {prompt}?'")]) == 2
+    assert "'vllm_evaluate' requires 'prompt', which these images do not have" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "tiltflow.commands.score.build_reward_model", lambda *_: (_ for _ in ()).throw(ConfigError("built"))
+    )
+    remote = "{reward_model: RemotePointwiseRewardModel, required_fields: [image], server_url: 'http://127.0.0.1:9'}"
+    assert cli.main([*arguments, remote]) == 2
+    assert capsys.readouterr().err == "tiltflow score: built\n"
 
 
 def test_groups_of_images(images: Path, tmp_path: Path) -> None:

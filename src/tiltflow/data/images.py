@@ -60,9 +60,9 @@ def find_images(source: str, prompts: str | None = None) -> list[ImageFile]:
 
     Args:
         source: A folder (its images in the order of their names), a glob pattern, or a `.jsonl` file with `image` (a
-            path, relative to the file) and `prompt` a line; everything else in a line is metadata.
-        prompts: A `.txt` or `.jsonl` prompt file with one line per image, in the same order. Without it, images that
-            are not from a `.jsonl` file have the empty prompt.
+            path, relative to the file) and, maybe, `prompt` a line; everything else in a line is metadata.
+        prompts: A `.txt` or `.jsonl` prompt file with one line per image, in the same order; what else its lines have
+            joins the metadata. Without it, an image that has no prompt of its own has the empty one.
 
     Raises:
         DataError: There is no image, a line lacks its image, or the numbers of images and prompts differ.
@@ -79,7 +79,10 @@ def find_images(source: str, prompts: str | None = None) -> list[ImageFile]:
     lines = read_prompt_file(Path(prompts))
     if len(lines) != len(files):
         raise DataError(f"{len(files)} images in {source!r} and {len(lines)} prompts in {prompts!r}; give one each")
-    return [ImageFile(file.path, line) for file, line in zip(files, lines, strict=True)]
+    return [
+        ImageFile(file.path, Prompt(line.text, {**file.prompt.metadata, **line.metadata}))
+        for file, line in zip(files, lines, strict=True)
+    ]
 
 
 def _paths(source: str) -> Sequence[Path]:
@@ -90,7 +93,7 @@ def _paths(source: str) -> Sequence[Path]:
 
 def _from_lines(path: Path) -> list[ImageFile]:
     files: list[ImageFile] = []
-    for number, line in enumerate(read_prompt_file(path), start=1):
+    for number, line in enumerate(read_prompt_file(path, promptless=True), start=1):
         metadata = dict(line.metadata)
         image = metadata.pop("image", None)
         if not isinstance(image, str) or not image:
