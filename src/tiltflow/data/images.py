@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tiltflow.data.prompts import read_prompt_file
 from tiltflow.errors import DataError
+from tiltflow.runtime.pixels import to_rgb, upright
 from tiltflow.types import Prompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,7 +39,7 @@ class ImageFile:
 
 
 def read_pixels(image: bytes | Path, *, name: str) -> Tensor:
-    """Return an image as RGB, uint8 `[H, W, 3]`.
+    """Return an image as RGB, uint8 `[H, W, 3]`: upright, and of 16 bits per channel the upper 8.
 
     Args:
         image: A file, or its content.
@@ -49,7 +50,7 @@ def read_pixels(image: bytes | Path, *, name: str) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
-            pixels = np.asarray(file.convert("RGB"))
+            pixels = np.asarray(to_rgb(upright(file)))
     except Exception as error:  # each format's reader fails on a damaged file in its own way
         raise DataError(f"{name} cannot be read: {error}") from error
     return torch.from_numpy(pixels.copy())

@@ -13,6 +13,7 @@ from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardM
 from tiltflow.rewards.crowd import do_all
 from tiltflow.rewards.judge import ChatEndpoint, EndpointOptions, EndpointSettings, Url
 from tiltflow.rewards.labels import weigh_words
+from tiltflow.runtime.pixels import to_rgb
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.deqa import (
     ANSWER,
@@ -145,7 +146,7 @@ class _RemoteJudge:
             JudgeError: The model cannot be asked, or answers something else.
         """
         red, green, blue = (int(255 * value) for value in CLIP_MEAN)
-        square = pad_to_square(image.convert("RGB"), (red, green, blue))
+        square = pad_to_square(to_rgb(image), (red, green, blue))
         if self.options.continue_answer:
             return self.endpoint.first_token([square, QUESTION], self._weigh, answer=ANSWER)
         return self.endpoint.first_token([square, ONE_WORD], self._weigh)

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.geneval import COLORS, Detection, GenevalResult, check_findable, colored_classes, score_detections
+from tiltflow.runtime.pixels import to_rgb
 from tiltflow.types import Config, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class".
@@ -141,7 +142,7 @@ class GenevalReward(PointwiseRewardModel):
         metadata: Sequence[Mapping[str, Any]] = (),
     ) -> RewardModelOutput:
         """Score PIL images against their prompts' metadata."""
-        found = self._find([np.asarray(item.convert("RGB")) for item in image], metadata)
+        found = self._find([np.asarray(to_rgb(item)) for item in image], metadata)
         options: GenevalOptions = self.options
         results = [
             score_detections(objects, line, quirks=options.quirks)
