@@ -114,6 +114,14 @@ def test_a_reward_may_need_no_prompt_with_its_options(
     assert capsys.readouterr().err == "tiltflow score: built\n"
 
 
+def test_paths_in_the_home_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    options = ("--images=~/images/[01].png", "--prompts=~/prompts.txt", "--output=~/s.jsonl")
+    assert cli.main(["score", "--rewards", REDNESS, *options]) == 0
+    assert [row["prompt"] for row in rows_of(tmp_path / "s.jsonl")] == ["a", "b"]
+
+
 def test_groups_of_images(images: Path, tmp_path: Path) -> None:
     options = ("--rewards", RANK, "--images", f"{images}/[0-3].png", "--group_size", 2)
     rows = rows_of(score(tmp_path, *options))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
@@ -19,7 +19,7 @@ from tiltflow.runtime.yaml_values import parse_value, read_yaml, set_key
 from tiltflow.training.pretrain import PretrainConfig
 from tiltflow.training.rollout import SamplerConfig
 from tiltflow.training.trainer import TrainConfig
-from tiltflow.types import Config
+from tiltflow.types import Config, PathText, in_home
 
 REWARD_KEYS = ("rewards", "eval_rewards")
 PACKAGED = Path(__file__).parent / "configs"
@@ -33,8 +33,8 @@ _COMMANDS = {
 class DataConfig(Config):
     """Which prompts are trained and evaluated on."""
 
-    prompts: str
-    eval_prompts: str
+    prompts: PathText
+    eval_prompts: PathText
     tag_shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
     blocklist: tuple[str, ...] = ()
 
@@ -49,7 +49,7 @@ class RunConfig(Config):
     """Everything that decides a post-training run."""
 
     seed: int = 0
-    output_dir: str | None = Field(default=None, min_length=1)
+    output_dir: Annotated[str | None, Field(min_length=1), AfterValidator(in_home)] = None
     policy: SD3Config
     data: DataConfig
     algorithm: RAMConfig = RAMConfig()
@@ -266,7 +266,7 @@ def find_config(source: str) -> Path:
     Raises:
         ConfigError: There is neither; names the packaged configs and the nearest one.
     """
-    path, packaged = Path(source), PACKAGED / f"{source}.yaml"
+    path, packaged = Path(source).expanduser(), PACKAGED / f"{source}.yaml"
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path

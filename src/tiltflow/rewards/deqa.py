@@ -25,6 +25,7 @@ from tiltflow.scorers.deqa import (
     pad_to_square,
 )
 from tiltflow.scorers.preprocess import CLIP_MEAN
+from tiltflow.types import PathTextOrNone
 
 ONE_WORD: Final = f"{QUESTION} Answer with one word: {', '.join(LEVELS[:-1])} or {LEVELS[-1]}."
 PUBLISHED: Final = "DeQA-Score"  # how the names of the published weights begin
@@ -35,7 +36,7 @@ DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry s
 class DeQAOptions(EndpointOptions):
     """Options of DeQAScore: `model` alone for a local model, with `base_url` for one behind an endpoint."""
 
-    model: str | None = None  # local: a folder, or a hub repository in the cache; else its name at the endpoint
+    model: PathTextOrNone = None  # local: a folder, or a hub repository in the cache; else its name at the endpoint
     prompt: str | None = None  # local: the whole text before the quality word, for a model without chat template
     base_url: Url | None = None  # such as http://localhost:8000/v1
     continue_answer: bool = False  # let the model continue the answer as the local one does: vLLM and SGLang can

@@ -14,7 +14,7 @@ from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.geneval import COLORS, Detection, GenevalResult, check_findable, colored_classes, score_detections
 from tiltflow.runtime.pixels import to_rgb
-from tiltflow.types import Config, Prompt
+from tiltflow.types import Config, PathText, PathTextOrNone, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class".
 DETECTORS: Mapping[str, str] = {
@@ -59,8 +59,8 @@ class GenevalOptions(Config):
     detector: str = "mask2former"
     score: Literal["partial", "strict", "correct"] = "partial"
     quirks: Literal["clean", "reference"] = "clean"
-    weights: str | None = None  # file or folder; None: the published file in the models folder
-    color_model: str = "openai/clip-vit-large-patch14"  # folder or hub name of a CLIP model
+    weights: PathTextOrNone = None  # file or folder; None: the published file in the models folder
+    color_model: PathText = "openai/clip-vit-large-patch14"  # folder or hub name of a CLIP model
     resize: Literal["800px", "native"] = "800px"
     channels: Literal["rgb", "bgr"] = "rgb"
     detector_batch_size: int = Field(default=8, ge=1)  # images per forward pass
