@@ -27,11 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"runtime"},
     "policies": BASE | {"flow", "runtime", "scorers.clip_tokenizer"},  # small models of both rooms read with it
     "scorers": BASE,
-    "rewards": BASE | {"scorers", "serving.wire", "data.preferences", "data.records"},  # texts as in training
+    "rewards": BASE
+    | {"scorers", "serving.wire", "data.preferences", "data.records", "runtime.pixels"},  # as in training
     "reward_training": BASE | {"scorers", "data", "runtime"},
     "algorithms": {"types", "flow"},
     "training": BELOW_TRAINING,
-    "serving": BASE | {"runtime.malloc"},  # nothing else: it runs without torch
+    "serving": BASE | {"runtime.malloc", "runtime.pixels"},  # which need no torch
     "serving.builtin": BASE | {"rewards"},
     "evaluation": BELOW_REPORT,
     "report": BELOW_REPORT | {"evaluation"},

@@ -261,7 +261,9 @@ def test_a_wrong_reward_or_prompt_shows_before_the_model_is_loaded(
     )
     assert "reward 'clips' requires 'video'" in failing("train", write(policy=nowhere, rewards=video))
     monkeypatch.setenv("TILTFLOW_MODELS", str(tmp_path))
-    assert "the weights mask2former_swin-s" in failing("train", write(policy=nowhere, rewards=["Geneval"]))
+    photos = {"prompts": "geneval", "eval_prompts": "geneval"}
+    assert "the weights mask2former_swin-s" in failing("train", write(policy=nowhere, data=photos, rewards=["Geneval"]))
+    assert "cannot find the class 'star'" in failing("train", write(policy=nowhere, rewards=["Geneval"]))
     for key in ("rewards", "eval_rewards"):
         assert "PickScore_v1 was not found" in failing("train", write(policy=nowhere, **{key: ["PickScore"]}))
     # an override by name takes the config's own entry, the drawn world's detector included
@@ -342,6 +344,10 @@ def test_neither_or_both_of_checkpoint_and_model(failing: Failing, command: list
         (
             ["--prompts", "ocr", "--rewards", "{reward_model: Geneval, detector: shapes}"],
             "reward 'Geneval' requires 'm",
+        ),
+        (
+            ["--prompts", "shapes", "--rewards", "tests.rewards_for_tests.Rank", "--images_per_prompt", "1"],
+            "evaluation.images_per_prompt=1: reward 'Rank' compares the images of a prompt with each other",
         ),
         (["--num_step", "3"], "--num_step is not a key of the config; nearest: evaluation.num_steps"),
         (["--num_steps", "0"], "--num_steps: evaluation.num_steps=0: Input should be greater than or equal to 1"),

@@ -11,6 +11,7 @@ from tiltflow.config import (
     PACKAGED,
     RunConfig,
     dump,
+    find_config,
     load_pretrain_config,
     load_run_config,
     packaged_configs,
@@ -20,6 +21,8 @@ from tiltflow.config import (
 )
 from tiltflow.errors import ConfigError, TiltflowError
 from tiltflow.policies.sd3 import ATTENTION_TARGETS
+from tiltflow.rewards import reward_class
+from tiltflow.scorers.checkpoints import models_folder
 
 RUN_CONFIGS = ["geneval_sd3", "ocr_sd3", "pickscore_sd3", "shapes_pickscore", "shapes_ram", "words_ram"]
 PRETRAIN_CONFIGS = ["tiny_sd3", "tiny_words"]
@@ -399,3 +402,37 @@ def test_a_config_cannot_be_changed() -> None:
     config: Any = load_run_config("shapes_ram")
     with pytest.raises(ValueError, match="frozen"):
         config.train.lr = 1.0
+
+
+# --- paths in the home folder -----------------------------------------------------------------------------------------
+
+
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = {**values(), "output_dir": "~/out", "data": {"prompts": "~/a.txt", "eval_prompts": "shapes"}}
+    own["policy"] = {**own["policy"], "model_name": "~/sd3"}
+    config = run_config(own, source="my.yaml")
+    assert (config.output_dir, config.policy.model_name) == (f"{tmp_path}/out", f"{tmp_path}/sd3")
+    assert (config.data.prompts, config.data.eval_prompts) == (f"{tmp_path}/a.txt", "shapes")
+    with pytest.raises(ConfigError, match="output_dir='': String should have at least 1 character"):
+        run_config({**values(), "output_dir": ""}, source="my.yaml")
+    assert run_config({**values(), "output_dir": None}, source="my.yaml").output_dir is None
+
+
+def test_models_and_configs_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TILTFLOW_MODELS", "~/models")
+    for reward, key in {
+        "PickScore": "model_name_or_path",
+        "CLIP": "model_name_or_path",
+        "AestheticScore": "model_name_or_path",
+        "HPSv2": "tokenizer",
+        "Geneval": "weights",
+        "DeQAScore": "model",
+        "LanguageReward": "model",
+    }.items():
+        options = reward_class(reward).Options.model_validate({key: "~/models/mine"})
+        assert options.model_dump()[key] == f"{tmp_path}/models/mine"
+    assert models_folder() == tmp_path / "models"
+    write(tmp_path / "mine.yaml", "")
+    assert find_config("~/mine.yaml") == tmp_path / "mine.yaml"

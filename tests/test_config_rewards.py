@@ -64,3 +64,14 @@ def test_evaluation_rewards_are_checked_too() -> None:
 @pytest.mark.parametrize("name", ["OCR", "PickScore"])
 def test_rewards_load_in_configs_without_their_weights(name: str) -> None:
     assert rewards_of(name)[0].reward_model == name
+
+
+def test_a_groupwise_reward_is_not_evaluated_on_one_image_of_a_prompt() -> None:
+    rank = "tests.rewards_for_tests.Rank"
+    message = "evaluation.images_per_prompt=1: reward 'Rank' compares the images of a prompt with each other"
+    with pytest.raises(ConfigError, match=message):
+        rewards_of([rank])
+    with pytest.raises(ConfigError, match=message):
+        rewards_of(["tests.rewards_for_tests.Redness"], eval_rewards=[rank])
+    assert rewards_of([rank], eval_rewards=["tests.rewards_for_tests.Redness"])[0].name == "Rank"
+    assert rewards_of([rank], evaluation={"images_per_prompt": 2})[0].name == "Rank"

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from PIL import Image
 from tiltflow import cli
 from tiltflow.commands import failure_causes
 from tiltflow.commands import score as score_module
-from tiltflow.data.images import find_images
+from tiltflow.data.images import ImageFile, find_images
+from tiltflow.errors import ConfigError
 from tiltflow.rewards import RewardModelOutput
 
 BRIGHTNESS = "tests.rewards_for_tests.Brightness"
+RANK = "tests.rewards_for_tests.Rank"
 REDNESS = "tests.rewards_for_tests.Redness"  # reads no prompt
 
 
@@ -78,15 +81,57 @@ def test_a_jsonl_file_with_metadata(tmp_path: Path) -> None:
     assert (row["info"]["Geneval"]["tag"], row["info"]["Geneval"]["correct"]) == ("single_object", False)
 
 
+def test_a_jsonl_file_of_images_with_a_file_of_prompts(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (214, 214, 208)).save(tmp_path / "empty.png")
+    include = {"tag": "single_object", "include": [{"class": "star", "count": 1}]}
+    (tmp_path / "images.jsonl").write_text(json.dumps({"image": "empty.png", "prompt": "replaced", "tag": "x"}) + "\n")
+    (tmp_path / "bare.jsonl").write_text(json.dumps({"image": "empty.png", **include}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a photo of a star", **include}) + "\n")
+    (tmp_path / "prompts.txt").write_text("a photo of a star\n")
+    reward = ("--rewards", "{reward_model: Geneval, detector: shapes, score: strict}", BRIGHTNESS)
+    for images, prompts in (("bare.jsonl", "prompts.txt"), ("images.jsonl", "prompts.jsonl")):
+        (row,) = rows_of(score(tmp_path, *reward, "--images", tmp_path / images, "--prompts", tmp_path / prompts))
+        assert row["prompt"] == "a photo of a star" and row["scores"]["Geneval"] == 0.0
+    (row,) = rows_of(score(tmp_path, "--rewards", REDNESS, "--images", tmp_path / "bare.jsonl"))
+    assert row["prompt"] == ""
+
+
+def test_a_reward_may_need_no_prompt_with_its_options(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nothing listens there: that is told row by row, and not that prompts are missing.
+    judge = "{reward_model: vllm_evaluate, api_base_url: 'http://127.0.0.1:9/v1', max_retries: 0, QUESTION}"
+    arguments = ["score", "--images", f"{images}/[01].png", "--output", str(tmp_path / "s.jsonl"), "--rewards"]
+    assert cli.main([*arguments, judge.replace(", QUESTION", "")]) == 1
+    assert "vllm_evaluate failed on 2 of 2 images" in capsys.readouterr().err
+    assert cli.main([*arguments, judge.replace("QUESTION", "question: 'Is it {prompt}?'")]) == 2
+    assert "'vllm_evaluate' requires 'prompt', which these images do not have" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "tiltflow.commands.score.build_reward_model", lambda *_: (_ for _ in ()).throw(ConfigError("built"))
+    )
+    remote = "{reward_model: RemotePointwiseRewardModel, required_fields: [image], server_url: 'http://127.0.0.1:9'}"
+    assert cli.main([*arguments, remote]) == 2
+    assert capsys.readouterr().err == "tiltflow score: built\n"
+
+
+def test_paths_in_the_home_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    options = ("--images=~/images/[01].png", "--prompts=~/prompts.txt", "--output=~/s.jsonl")
+    assert cli.main(["score", "--rewards", REDNESS, *options]) == 0
+    assert [row["prompt"] for row in rows_of(tmp_path / "s.jsonl")] == ["a", "b"]
+
+
 def test_groups_of_images(images: Path, tmp_path: Path) -> None:
-    options = ("--rewards", "tests.rewards_for_tests.Rank", "--images", f"{images}/[0-3].png", "--group_size", 2)
+    options = ("--rewards", RANK, "--images", f"{images}/[0-3].png", "--group_size", 2)
     rows = rows_of(score(tmp_path, *options))
     assert [row["scores"]["Rank"] for row in rows] == [0.0, 0.5, 0.0, 0.5]
     assert [row["info"]["Rank"]["size"] for row in rows] == [2] * 4
 
 
 def test_csv_and_several_rewards(images: Path, tmp_path: Path) -> None:
-    path = score(tmp_path, "--rewards", REDNESS, "tests.rewards_for_tests.Rank", "--images", images, output="s.csv")
+    rewards = ("--rewards", REDNESS, RANK, "--group_size", 5)
+    path = score(tmp_path, *rewards, "--images", images, output="s.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["image", "prompt", "Redness", "Rank", "Rank.size"]
@@ -168,7 +213,8 @@ def test_an_image_that_cannot_be_read_is_a_row_with_the_reason(
     (images / "1.png").write_bytes(whole[: len(whole) // 2])
     (images / "3.png").write_text("no image")
     (images / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xff" * 40)
-    rows = rows_of(score(tmp_path, "--rewards", REDNESS, "tests.rewards_for_tests.Rank", "--images", images))
+    rewards = ("--rewards", REDNESS, RANK, "--group_size", 5)
+    rows = rows_of(score(tmp_path, *rewards, "--images", images))
     assert [row["scores"]["Redness"] is None for row in rows] == [False, True, False, True, True]
     assert rows[2]["scores"]["Redness"] == pytest.approx(10 * 100 / 255, abs=1e-5)
     for row in (rows[1], rows[3], rows[4]):
@@ -181,10 +227,19 @@ def test_an_image_that_cannot_be_read_is_a_row_with_the_reason(
 
 def test_a_group_is_scored_without_its_unreadable_image(images: Path, tmp_path: Path) -> None:
     (images / "1.png").write_text("no image")
-    rank = ("--rewards", "tests.rewards_for_tests.Rank", "--images", f"{images}/[0-3].png", "--group_size", 4)
+    rank = ("--rewards", RANK, "--images", f"{images}/[0-3].png", "--group_size", 4)
     rows = rows_of(score(tmp_path, *rank))
     assert [row["scores"]["Rank"] for row in rows] == pytest.approx([0, None, 1 / 3, 2 / 3])
     assert rows[0]["info"]["Rank"] == {"size": 3}
+
+
+def test_an_image_that_is_left_alone_in_its_group_has_no_rank(images: Path, tmp_path: Path) -> None:
+    (images / "1.png").write_text("no image")
+    rewards = ("--rewards", REDNESS, RANK, "--images", f"{images}/[0-3].png")
+    rows = rows_of(score(tmp_path, *rewards, "--group_size", 2))
+    assert [row["scores"]["Rank"] for row in rows] == [None, None, 0.0, 0.5]
+    assert rows[0]["failures"] == {"Rank": "no other image of its group can be read"}
+    assert rows[0]["scores"]["Redness"] == 0.0 and rows[0]["info"] == {}
 
 
 @pytest.mark.parametrize("rewards", [[REDNESS], ["tests.rewards_for_tests.BreaksWithoutPrompt", REDNESS]])
@@ -287,13 +342,74 @@ def test_half_a_group_and_half_a_letter_are_scored_again(
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path, lines, monkeypatch)
     part = tmp_path / "s.jsonl.part"
-    head, first, second, rest = part.read_bytes().split(b"\n")
+    head, group, rest = part.read_bytes().split(b"\n")
     assert rest == b""
-    part.write_bytes(b"\n".join([head, first, second[: second.index("ö".encode()) + 1]]))
+    part.write_bytes(b"\n".join([head, group[: group.rindex("ö".encode()) + 1]]))
     with pytest.raises(KeyboardInterrupt):  # after the first two again
         interrupted(tmp_path, lines, monkeypatch)
-    assert part.read_bytes().split(b"\n") == [head, first, second, b""]
+    assert part.read_bytes().split(b"\n") == [head, group, b""]
     assert interrupted(tmp_path, lines, monkeypatch) == 0
+
+
+def test_what_failed_is_scored_again_and_what_did_not_is_kept(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_module, "CHUNK", 2)
+    asked: list[int] = []  # in how many images: the judge is out for two, then there for two, and then comes Ctrl-C
+
+    def call(self: Any, prompt: Any = None, image: Any = None) -> RewardModelOutput:
+        asked.append(len(image))
+        if len(asked) == 1:
+            raise ConnectionError("the judge is out")
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return RewardModelOutput([float(len(asked))] * len(image))
+
+    monkeypatch.setattr("tests.rewards_for_tests.Redness.__call__", call)
+    arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(arguments)
+    assert cli.main(arguments) == 0
+    assert asked == [2, 2, 1, 2, 1]
+    rows = rows_of(tmp_path / "s.jsonl")
+    assert [Path(row["image"]).name for row in rows] == [f"{index}.png" for index in range(5)]
+    assert [row["scores"]["Redness"] for row in rows] == [4.0, 4.0, 2.0, 2.0, 5.0]
+    assert not any(row["failures"] for row in rows)
+
+
+def test_an_image_that_was_rendered_anew_is_scored_anew(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{**line, "prompt": "a star"} for line in LINES]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path, lines, monkeypatch)
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(images / "1.png")
+    monkeypatch.undo()
+    options = ("--rewards", BRIGHTNESS, "--images", tmp_path / "list.jsonl", "--group_size", 2)
+    rows = rows_of(score(tmp_path, *options, output="s.jsonl"))
+    assert [row["scores"]["Brightness"] for row in rows] == pytest.approx([0, 10, 10 * 100 / 255, 10 * 150 / 255])
+
+
+def test_an_asynchronous_reward_begins_while_images_are_read(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    load = ImageFile.load
+
+    def call(self: Any, prompt: Any = None, image: Any = None) -> RewardModelOutput:
+        begun.set()
+        return RewardModelOutput([1.0] * len(image))
+
+    def loading(self: Any) -> Any:
+        if self.path.name == "4.png":  # the last one
+            assert begun.wait(60), "no image was handed over before all were read"
+        return load(self)
+
+    monkeypatch.setattr("tests.rewards_for_tests.Redness.__call__", call)
+    monkeypatch.setattr("tiltflow.data.images.ImageFile.load", loading)
+    reward = f"{{reward_model: {REDNESS}, async_reward: true, batch_size: 2}}"
+    rows = rows_of(score(tmp_path, "--rewards", reward, "--images", images))
+    assert [row["scores"]["Redness"] for row in rows] == [1.0] * 5
 
 
 @pytest.mark.parametrize("content", ["rubbish\n", "[]\n", '{"rewards": []}\n7\n'])
@@ -312,6 +428,11 @@ def test_a_damaged_part_file_is_named(
         (["--images", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--images", "IMAGES", "--prompts", "TWO"], "5 images in"),
         (["--images", "IMAGES", "--group_size", "2"], "--group_size 2 does not divide the 5 images"),
+        (["--images", "IMAGES", "--rewards", RANK], "--group_size=1: reward 'Rank' compares the images of a prompt"),
+        (
+            ["--images", "IMAGES", "--prompts", "FIVE", "--rewards", RANK, "--group_size", "5"],
+            "2.png are of one group, and their prompts are 'a' and 'b'; a group is so many images of one prompt in a",
+        ),
         (["--images", "IMAGES", "--rewards", "Genevall"], "did you mean 'Geneval'?"),
         (["--images", "IMAGES", "--rewards", "{reward_model: Geneval, detector: shapes}"], "requires 'metadata'"),
         (["--images", "IMAGES", "--output", "s.xml"], "--output s.xml: ends in '.xml'; write .jsonl, .csv, .parquet"),
@@ -336,7 +457,8 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.txt").write_text("a\nb\n")
     (tmp_path / "none.jsonl").write_text('{"prompt": "a star"}\n')
-    places = {"IMAGES": images, "TWO": "two.txt", "NOIMAGE": "none.jsonl"}
+    (tmp_path / "five.txt").write_text("a\na\nb\nb\nb\n")
+    places = {"FIVE": "five.txt", "IMAGES": images, "TWO": "two.txt", "NOIMAGE": "none.jsonl"}
     words = [str(places.get(word, word)) for word in arguments]
     before = set(tmp_path.rglob("*"))
     assert cli.main(["score", *(["--rewards", REDNESS] if "--rewards" not in words else []), *words]) == 2

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="names, Python paths, or '{reward_model: Geneval, detector: shapes}'",
     )
-    score.add_argument("--images", required=True, help="a folder, a glob pattern, or a .jsonl file of image and prompt")
-    score.add_argument("--prompts", help="a prompt file with a line per image")
-    score.add_argument("--output", type=Path, default=Path("outputs/scores.jsonl"), help=".jsonl, .csv or .parquet")
+    score.add_argument(
+        "--images",
+        type=expanduser,
+        required=True,
+        help="a folder, a glob pattern, or a .jsonl file",
+    )
+    score.add_argument("--prompts", type=expanduser, help="a prompt file with a line per image")
+    score.add_argument("--output", type=_path, default=Path("outputs/scores.jsonl"), help=".jsonl, .csv or .parquet")
     score.add_argument("--batch_size", type=_positive, default=16, help="of rewards that do not set their own")
     score.add_argument("--group_size", type=_positive, default=1, help="images in a row that belong to one group")
     score.set_defaults(run=_score, parser=score)
@@ -127,11 +133,11 @@ def _checkpoint_commands(commands: Any) -> None:
         allow_abbrev=False,
     )
     _policy_arguments(evaluate)
-    evaluate.add_argument("--prompts", help="a named set (shapes, geneval, ocr, drawbench) or a file")
+    evaluate.add_argument("--prompts", type=expanduser, help="a named set (shapes, geneval, ocr, drawbench) or a file")
     evaluate.add_argument(
         "--rewards", help="YAML, for example '[Geneval]' or '[{reward_model: Geneval, detector: shapes}]'"
     )
-    evaluate.add_argument("--output_dir", type=Path, help="where the results go; beside the checkpoint by default")
+    evaluate.add_argument("--output_dir", type=_path, help="where the results go; beside the checkpoint by default")
     evaluate.add_argument("--name", help="of the result; the checkpoint's or the model's by default")
     evaluate.set_defaults(run=_evaluate)
 
@@ -145,7 +151,7 @@ def _checkpoint_commands(commands: Any) -> None:
     sample.add_argument("--prompt", action="append", required=True, help="what to draw; give it once per prompt")
     sample.add_argument("--count", type=int, default=4, help="images per prompt")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
+    sample.add_argument("--output_dir", type=_path, default=Path("outputs/samples"))
     sample.set_defaults(run=_sample)
 
 
@@ -153,14 +159,14 @@ def _evaluate_reward_arguments(commands: Any) -> None:
     judge = commands.add_parser(
         "evaluate-reward", help="how often a reward model prefers what people prefer", allow_abbrev=False
     )
-    judge.add_argument("model", help="a folder such as outputs/<run>/model, or a hub name")
+    judge.add_argument("model", type=expanduser, help="a folder such as outputs/<run>/model, or a hub name")
     judge.add_argument(
         "data",
         nargs="+",
         help="sets of pairs: files, folders, hub names as owner/name@split; of images also '{source: ..., split: ...}'",
     )
     judge.add_argument(
-        "--output", type=Path, help=".json, in the model's run by default; every pair's scores beside it"
+        "--output", type=_path, help=".json, in the model's run by default; every pair's scores beside it"
     )
     judge.add_argument("--on_bad_record", choices=("error", "skip"), default="error")
     judge.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -178,6 +184,10 @@ def _evaluate_reward_arguments(commands: Any) -> None:
     pairs.add_argument("--validation", help="pairs that choose the threshold below which a pair is called a tie")
     pairs.add_argument("--on_bad_image", choices=("error", "skip"), help="error by default")
     judge.set_defaults(run=_evaluate_reward, parser=judge)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _positive(text: str) -> int:
@@ -219,7 +229,7 @@ def _ray_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder such as outputs/<run>/latest")
+    parser.add_argument("--checkpoint", type=_path, help="a checkpoint folder such as outputs/<run>/latest")
     parser.add_argument("--model_name", help="a pretrained model: folder, hub name, tiny_sd3 or tiny_words")
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationConfig, held_out
 from tiltflow.policies.sd3 import SD3Config
-from tiltflow.rewards.base import PROVIDED_FIELDS, RewardArguments
-from tiltflow.rewards.registry import check_reward, sealed_reward
+from tiltflow.rewards.base import PROVIDED_FIELDS, GroupwiseRewardModel, RewardArguments
+from tiltflow.rewards.registry import check_reward, reward_class, sealed_reward
 from tiltflow.runtime.overrides import matching_keys, override, resolve_key
 from tiltflow.runtime.tracking import TrackingConfig
 from tiltflow.runtime.validation import shown, validate
@@ -21,7 +21,7 @@ from tiltflow.runtime.yaml_values import parse_value, read_yaml
 from tiltflow.training.pretrain import PretrainConfig
 from tiltflow.training.rollout import SamplerConfig
 from tiltflow.training.trainer import TrainConfig
-from tiltflow.types import Config
+from tiltflow.types import Config, PathText, in_home
 
 REWARD_KEYS = ("rewards", "eval_rewards")
 PACKAGED = Path(__file__).parent / "configs"
@@ -35,8 +35,8 @@ _COMMANDS = {
 class DataConfig(Config):
     """Which prompts are trained and evaluated on."""
 
-    prompts: str
-    eval_prompts: str
+    prompts: PathText
+    eval_prompts: PathText
     tag_shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
     blocklist: tuple[str, ...] = ()
 
@@ -51,7 +51,7 @@ class RunConfig(Config):
     """Everything that decides a post-training run."""
 
     seed: int = 0
-    output_dir: str | None = Field(default=None, min_length=1)
+    output_dir: Annotated[str | None, Field(min_length=1), AfterValidator(in_home)] = None
     policy: SD3Config
     data: DataConfig
     algorithm: RAMConfig = RAMConfig()
@@ -200,7 +200,33 @@ def run_config(
         for reward in rewards:
             check_reward(reward, provided=PROVIDED_FIELDS)
         checked[key] = tuple(map(sealed_reward, rewards))
+    size = config.evaluation.images_per_prompt
+    check_group_size(config.eval_rewards or config.rewards, size, key="evaluation.images_per_prompt")
     return config.model_copy(update=checked)
+
+
+def groupwise_names(rewards: Sequence[RewardArguments]) -> list[str]:
+    """Return the names of the rewards that compare the images of a prompt with each other."""
+    return [each.name for each in rewards if issubclass(reward_class(each.reward_model), GroupwiseRewardModel)]
+
+
+def check_group_size(rewards: Sequence[RewardArguments], size: int, *, key: str) -> None:
+    """Check that groupwise rewards have something to compare.
+
+    Args:
+        rewards: That will score the groups.
+        size: Images of each group.
+        key: What decides it.
+
+    Raises:
+        ConfigError: One is groupwise, and groups are of one image.
+    """
+    groupwise = groupwise_names(rewards)
+    if groupwise and size < 2:
+        raise ConfigError(
+            f"{key}={size}: reward {groupwise[0]!r} compares the images of a prompt with each other, and of one "
+            "image its score says nothing; use at least 2"
+        )
 
 
 def normalise_rewards(value: Any, *, key: str = "rewards") -> list[dict[str, Any]]:
@@ -258,7 +284,7 @@ def find_config(source: str) -> Path:
     Raises:
         ConfigError: There is neither; names the packaged configs and the nearest one.
     """
-    path, packaged = Path(source), PACKAGED / f"{source}.yaml"
+    path, packaged = Path(source).expanduser(), PACKAGED / f"{source}.yaml"
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Annotated, Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 
@@ -24,6 +25,15 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+def in_home(text: Any) -> Any:
+    """Return a path with `~` at its beginning as the home folder, and any other value as it is."""
+    return expanduser(text) if isinstance(text, str) else text
+
+
+PathText = Annotated[str, AfterValidator(in_home)]  # of a file or folder, or a name of something else
+PathTextOrNone = Annotated[str | None, AfterValidator(in_home)]
 Beta = Annotated[float, Field(ge=0, lt=1)]  # a decay rate of Adam's moments
 
 

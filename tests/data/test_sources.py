@@ -33,6 +33,12 @@ def texts(source: Path | str, split: str | None = None) -> list[str]:
     return open_source(str(source), split=split).column(["text"])
 
 
+def test_a_source_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shard(tmp_path / "set" / "test.parquet", "a")
+    assert texts("~/set/test.parquet") == texts("~/set@test") == texts("~/s*/*.parquet") == ["a"]
+
+
 @pytest.mark.parametrize("inner", ["", "data"])
 def test_the_splits_of_a_hub_repository_that_was_downloaded(tmp_path: Path, inner: str) -> None:
     folder = tmp_path / "set" / inner

@@ -248,6 +248,12 @@ CUP = {"class": "cup", "count": 1}
         (prompt("counting", {"count": 1}), r"it needs class \(text\)"),
         (prompt("colors", {**CUP, "colour": "red"}), "no keys but class, color, count, position"),
         (prompt("counting", CUP, exclude=[{**CUP, "color": "red"}]), r"exclude\[0\] .* no keys but class, count"),
+        (
+            prompt("colors", {**CUP, "color": "Red"}),
+            r"include\[0\] .* color is one of red, orange, yellow, green, blue",
+        ),
+        (prompt("colors", {**CUP, "color": 5}), "color is one of red"),
+        (prompt("colors", {**CUP, "color": ["red"]}), "color is one of red"),
         ({"tag": "counting", "include": ["cup"]}, "it must be a mapping"),
         (prompt("position", CUP, {**CUP, "position": ["near", 0]}), r"include\[1\] .* position is \[left of"),
         (prompt("position", CUP, {**CUP, "position": ["above", 1]}), "index of an earlier clause"),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.rewards.samples import entry
-from tiltflow.data import geneval
+from tiltflow.data import geneval, load_prompts
 from tiltflow.demo.scenes import SceneObject, draw_scene
 from tiltflow.errors import RewardError
-from tiltflow.rewards import RewardEngine, build_reward, check_reward
+from tiltflow.rewards import RewardEngine, build_reward, check_prompts, check_reward
 from tiltflow.rewards.geneval import Detection
 from tiltflow.types import Prompt, RewardTable, SampleBatch
 
@@ -98,6 +98,43 @@ class OneCup:
 def test_a_detector_by_python_path() -> None:
     path = "tests.rewards.test_geneval_reward.OneCup"
     assert score([[]], [geneval.single_object("cup")], detector=path).column("geneval").tolist() == [1.0]
+
+
+CUP = "tests.rewards.test_geneval_reward.OneCup"  # does not tell what it can find
+
+
+@pytest.mark.parametrize(
+    ("detector", "line", "message"),
+    [
+        ("mask2former", geneval.single_object("mug"), "cannot find the class 'mug'.* it knows person, bicycle, car"),
+        ("mask2former", geneval.single_object("circle"), "cannot find the class 'circle'"),
+        ("mask2former", geneval.colors("cup", "gray"), "color is one of red"),
+        ("mask2former", geneval.colors("cup", "brown"), None),
+        ("shapes", geneval.colors("circle", "brown"), "cannot find the color 'brown'.* it knows red, .*, pink, black;"),
+        ("shapes", geneval.two_object("circle", "cup"), "cannot find the class 'cup'.* it knows circle, square, "),
+        ("shapes", geneval.two_object("circle", "ring"), None),
+        (CUP, geneval.single_object("mug"), None),
+        (CUP, geneval.colors("mug", "gray"), "color is one of red"),
+        ("shape", geneval.single_object("ring"), "did you mean 'shapes'"),
+    ],
+)
+def test_what_a_detector_can_never_find_is_refused_before_it_is_built(
+    detector: str, line: dict[str, Any], message: str | None
+) -> None:
+    rewards = [entry("g", "Geneval", options={"detector": detector})]
+    prompts = [Prompt(line["prompt"], line)]
+    if message is None:
+        check_prompts(rewards, prompts, source="mine.jsonl")
+        return
+    with pytest.raises(RewardError, match=message):
+        check_prompts(rewards, prompts, source="mine.jsonl")
+
+
+def test_the_published_prompts_can_be_found() -> None:
+    for name, detector in (("geneval", "mask2former"), ("shapes", "shapes")):
+        rewards = [entry("g", "Geneval", options={"detector": detector})]
+        check_prompts(rewards, load_prompts(name, split="test"), source=name)
+        check_prompts(rewards, load_prompts(name, split="train")[:2000], source=name)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,11 @@ def rewards_of(output: RewardModelOutput) -> torch.Tensor:
     return torch.as_tensor(output.rewards)
 
 
+def test_only_a_question_with_a_place_for_the_prompt_requires_it() -> None:
+    assert reward_of("http://judge.test/v1").required_fields == ("image",)
+    assert reward_of("http://judge.test/v1", question="Is it {prompt}?").required_fields == ("prompt", "image")
+
+
 # --- what the reward is ----------------------------------------------------------------------------------------------
 
 

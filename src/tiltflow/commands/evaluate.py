@@ -10,7 +10,15 @@ import torch
 
 from tiltflow.commands.build import EMBEDDED_MODELS, build_policy, described, find_policy, run_folder
 from tiltflow.commands.run_folder import warn
-from tiltflow.config import EvaluateConfig, RunConfig, configure_command, normalise_rewards, override_rewards, validate
+from tiltflow.config import (
+    EvaluateConfig,
+    RunConfig,
+    check_group_size,
+    configure_command,
+    normalise_rewards,
+    override_rewards,
+    validate,
+)
 from tiltflow.data import load_prompts
 from tiltflow.errors import ConfigError
 from tiltflow.evaluation import EvaluationResult, evaluate, few_prompts_note
@@ -62,6 +70,7 @@ def run_evaluation(
         raise ConfigError("evaluate --model_name needs --prompts: a named set such as geneval, or a file")
     lines = load_prompts(source, split="test", blocklist=found.data.blocklist if found else ())
     arguments = _checked_rewards(rewards, found, config.policy.model_name)
+    check_group_size(arguments, config.evaluation.images_per_prompt, key="evaluation.images_per_prompt")
     check_prompts(arguments, lines, source=source)
     distributed = Distributed()
     try:

@@ -2,16 +2,16 @@
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from tiltflow.commands.score_files import PartFile, check_output, write_rows
-from tiltflow.config import normalise_rewards, parse_value, validate
+from tiltflow.config import check_group_size, groupwise_names, normalise_rewards, parse_value, validate
 from tiltflow.data.images import ImageFile, find_images
 from tiltflow.errors import ConfigError, DataError, RewardError
 from tiltflow.rewards import (
@@ -35,7 +35,7 @@ CHUNK = 64  # images in memory, and rows between two writes
 def run_scoring(
     *, images: str, rewards: Sequence[str], prompts: str | None, output: Path, batch_size: int, group_size: int
 ) -> list[Mapping[str, Any]]:
-    """Score images and write one row each; started again, it goes on with the images that have no row yet.
+    """Score images and write one row each; started again, it goes on with the images that have no score yet.
 
     Args:
         images: A folder, a glob pattern, or a `.jsonl` file.
@@ -43,7 +43,7 @@ def run_scoring(
         prompts: A prompt file with a line per image.
         output: `.jsonl`, `.csv` or `.parquet`; rows wait in `<output>.part` until all images are scored.
         batch_size: Samples per call of a pointwise reward that does not set its own.
-        group_size: So many images in a row belong together, for groupwise rewards.
+        group_size: So many images in a row belong together, of one prompt, for groupwise rewards.
 
     Returns:
         The rows, in the order of the images.
@@ -56,23 +56,28 @@ def run_scoring(
     check_output(output)
     arguments = _arguments(rewards, batch_size)
     files = find_images(images, prompts)
+    check_group_size(arguments, group_size, key="--group_size")
     if len(files) % group_size:
         raise ConfigError(f"--group_size {group_size} does not divide the {len(files)} images of {images!r}")
-    _check_has_prompts(arguments, files)
+    _check_prompts(arguments, files, group_size)
     check_prompts(arguments, [file.prompt for file in files], source=images)
     part = PartFile(output.with_name(f"{output.name}.part"), arguments, files, group_size=group_size)
-    rows = part.read()
-    if len(rows) < len(files):
+    known = part.read()
+    missing = [group for group in range(len(files) // group_size) if group not in known]
+    failed = [group for group, rows in known.items() if any(row["failures"] for row in rows)]
+    if missing or failed:
         accelerator = Distributed().accelerator
         engine = RewardEngine(arguments, factory=lambda entry: build_reward_model(entry, accelerator))
         make_folder(output.parent)
-        per_chunk = math.ceil(CHUNK / group_size) * group_size
+        per_chunk = math.ceil(CHUNK / group_size)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("images", total=len(files), completed=len(rows))
-            for start in range(len(rows), len(files), per_chunk):
-                chunk = files[start : start + per_chunk]
-                rows += part.append(_score(engine, chunk, first_group=start // group_size, group_size=group_size))
-                bar.advance(task, len(chunk))
+            done = len(files) - group_size * (len(missing) + len(failed))
+            task = bar.add_task("images", total=len(files), completed=done)
+            for groups in (*_chunks(failed, per_chunk), *_chunks(missing, per_chunk)):
+                chunk = {group: files[group * group_size : (group + 1) * group_size] for group in groups}
+                known |= part.append(_score(engine, chunk, group_size=group_size))
+                bar.advance(task, len(groups) * group_size)
+    rows = [row for _, rows in sorted(known.items()) for row in rows]
     write_rows(output, rows)
     part.remove()
     return rows
@@ -130,9 +135,17 @@ def _arguments(rewards: Sequence[str], batch_size: int) -> list[RewardArguments]
     return [sealed_reward(entry) for entry in arguments]
 
 
-def _check_has_prompts(rewards: Sequence[RewardArguments], files: Sequence[ImageFile]) -> None:
-    """Refuse images without a prompt where a reward reads it: a score against no text says nothing."""
-    readers = [reward for reward in rewards if "prompt" in reward_class(reward.reward_model).required_fields]
+def _check_prompts(rewards: Sequence[RewardArguments], files: Sequence[ImageFile], group_size: int) -> None:
+    """Refuse images without a prompt where a reward reads it, and groups of several prompts."""
+    for start in range(0, len(files), group_size) if groupwise_names(rewards) else ():
+        texts = {file.prompt.text: file.path for file in reversed(files[start : start + group_size])}
+        if len(texts) > 1:
+            (other, second), *_, (one, first) = texts.items()
+            raise ConfigError(
+                f"--group_size {group_size}: {first} and {second} are of one group, and their prompts are {one!r} and "
+                f"{other!r}; a group is so many images of one prompt in a row"
+            )
+    readers = [reward for reward in rewards if "prompt" in _required_fields(reward)]
     if readers and not all(file.prompt.text for file in files):
         raise RewardError(
             f"reward {readers[0].name!r} requires 'prompt', which these images do not have; give --prompts FILE "
@@ -140,30 +153,55 @@ def _check_has_prompts(rewards: Sequence[RewardArguments], files: Sequence[Image
         )
 
 
+def _required_fields(reward: RewardArguments) -> tuple[str, ...]:
+    cls = reward_class(reward.reward_model)
+    return cls.fields_for(cls.Options.model_validate(dict(reward.options)))
+
+
+def _chunks(groups: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
+
+
 def _score(
-    engine: RewardEngine, files: Sequence[ImageFile], *, first_group: int, group_size: int
-) -> list[Mapping[str, Any]]:
-    """Return a row per file; a group whose image cannot be read is scored without it."""
-    loaded = [_load(file) for file in files]
-    images = {place: image for place, image in enumerate(loaded) if isinstance(image, Tensor)}
-    with engine.begin() as scoring:
-        groups = [first_group + place // group_size for place in images]
-        scoring.add([files[place].prompt for place in images], groups, images=list(images.values()))
+    engine: RewardEngine, chunk: Mapping[int, Sequence[ImageFile]], *, group_size: int
+) -> dict[int, list[Mapping[str, Any]]]:
+    """Return the rows of each group; one whose image cannot be read is scored without it.
+
+    Asynchronous rewards begin with the first images while the others are read.
+    """
+    files = [(group, file) for group, files in chunk.items() for file in files]
+    unread: dict[int, DataError] = {}  # place -> why
+    with engine.begin(group_size=group_size) as scoring:
+        for place, (group, file) in enumerate(files):
+            try:
+                image = file.load()
+            except DataError as error:  # this image's row tells it; the others can still be scored
+                unread[place] = error
+                continue
+            scoring.add([file.prompt], [group], images=[image])
         table = scoring.finish()
-    places = {place: index for index, place in enumerate(images)}
-    return [
-        _failed_row(files[place], engine.names, image)
-        if isinstance(image, DataError)
-        else _row(files[place], table, places[place])
-        for place, image in enumerate(loaded)
-    ]
+    readable = Counter(group for place, (group, _) in enumerate(files) if place not in unread)
+    compared = groupwise_names(engine.rewards)
+    rows: dict[int, list[Mapping[str, Any]]] = {group: [] for group in chunk}
+    places = iter(range(len(files)))  # in the table
+    for place, (group, file) in enumerate(files):
+        error = unread.get(place)
+        if error is not None:
+            rows[group].append(_failed_row(file, engine.names, error))
+            continue
+        row = _row(file, table, next(places))
+        rows[group].append(_alone(row, compared) if readable[group] == 1 else row)
+    return rows
 
 
-def _load(file: ImageFile) -> Tensor | DataError:
-    try:
-        return file.load()
-    except DataError as error:  # this image's rows tell it; the others can still be scored
-        return error
+def _alone(row: Mapping[str, Any], groupwise: Sequence[str]) -> Mapping[str, Any]:
+    """Return a row without the scores of groupwise rewards: there was no image to compare its own with."""
+    return {
+        **row,
+        "scores": {**row["scores"], **dict.fromkeys(groupwise)},
+        "info": {name: cells for name, cells in row["info"].items() if name not in groupwise},
+        "failures": {**row["failures"], **dict.fromkeys(groupwise, "no other image of its group can be read")},
+    }
 
 
 def _failed_row(file: ImageFile, names: Sequence[str], error: DataError) -> Mapping[str, Any]:

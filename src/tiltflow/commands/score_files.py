@@ -30,7 +30,10 @@ def check_output(output: Path) -> None:
 
 
 class PartFile:
-    """Rows that are already there, in a JSONL file whose first line says of what."""
+    """Rows that are already there, in a JSONL file: its first line says of what, each other one holds a group.
+
+    A group that is there twice counts as it is written last.
+    """
 
     def __init__(self, path: Path, rewards: Sequence[RewardArguments], files: Sequence[ImageFile], *, group_size: int):
         """Describe the scoring that the file must be of.
@@ -43,6 +46,7 @@ class PartFile:
         """
         self._path = path
         self._images = [str(file.path) for file in files]
+        self._states = [_state(file.path) for file in files]  # before any is read: a later change shows
         self._group_size = group_size
         self._head: dict[str, Any] = {
             "rewards": [reward.model_dump(mode="json") for reward in rewards],
@@ -53,22 +57,27 @@ class PartFile:
             "group_size": group_size,
         }
 
-    def read(self) -> list[Mapping[str, Any]]:
-        """Return the rows of an interrupted scoring; a half-written last line and group are dropped.
+    def read(self) -> dict[int, list[Mapping[str, Any]]]:
+        """Return the rows of each group that was scored; a half-written last line is dropped.
+
+        A group whose images have changed since, by size or time of modification, is left out.
 
         Raises:
             DataError: The file is damaged, or of another scoring; says what differs.
         """
         if not self._path.exists():
-            return []
+            return {}
         *complete, cut = self._path.read_bytes().split(b"\n")  # after the last newline: nothing, or half a line
         if not complete:
             self.remove()
-            return []
+            return {}
         try:
-            head, *rows = [json.loads(line) for line in complete]
-            done = [row["image"] for row in rows]
+            head, *groups = [json.loads(line) for line in complete]
+            known = {int(group["group"]): group for group in groups}
             differing = [key for key in self._head if head.get(key) != self._head[key]]
+            fit = [[row["image"] for row in each["rows"]] == self._images_of(group) for group, each in known.items()]
+            current = [each["states"] == self._states_of(group) for group, each in known.items()]
+            rows = [each["rows"] for each in known.values()]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{self._path} is damaged ({error!r}); remove it to start afresh") from error
         if differing:
@@ -76,31 +85,46 @@ class PartFile:
                 f"{self._path} was begun with other {', '.join(differing)}; give the same again to go on, remove the "
                 "file to start afresh, or choose another --output"
             )
-        if done != self._images[: len(done)]:
-            raise DataError(f"{self._path} is damaged (its rows are not in order); remove it to start afresh")
-        whole = len(rows) // self._group_size * self._group_size
-        if cut or whole < len(rows):
-            write_atomically(self._path, b"".join(line + b"\n" for line in complete[: 1 + whole]))
-        return rows[:whole]
+        if not all(fit):
+            raise DataError(f"{self._path} is damaged (its rows are of other images); remove it to start afresh")
+        if cut:
+            write_atomically(self._path, b"".join(line + b"\n" for line in complete))
+        return {group: each for group, each, same in zip(known, rows, current, strict=True) if same}
 
-    def append(self, rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Add rows to the file and return them.
+    def append(self, groups: Mapping[int, list[Mapping[str, Any]]]) -> Mapping[int, list[Mapping[str, Any]]]:
+        """Add the rows of groups to the file and return them.
 
         Raises:
             CheckpointError: The system refused.
         """
         new = [] if self._path.exists() else [self._head]
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in (*new, *rows))
+        lines = [{"group": group, "states": self._states_of(group), "rows": rows} for group, rows in groups.items()]
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in (*new, *lines))
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise write_error(self._path.name, self._path.parent, error) from error
-        return rows
+        return groups
 
     def remove(self) -> None:
         """Remove the file: the rows are in the output now."""
         self._path.unlink(missing_ok=True)
+
+    def _images_of(self, group: int) -> list[str]:
+        return self._images[group * self._group_size : (group + 1) * self._group_size]
+
+    def _states_of(self, group: int) -> list[list[int] | None]:
+        return self._states[group * self._group_size : (group + 1) * self._group_size]
+
+
+def _state(path: Path) -> list[int] | None:
+    """Return what tells whether a file was written anew: its size in bytes and time in ns; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _digest(values: Sequence[Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tiltflow.data.prompts import read_prompt_file
 from tiltflow.errors import DataError
+from tiltflow.runtime.pixels import to_rgb, upright
 from tiltflow.types import Prompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,7 +39,7 @@ class ImageFile:
 
 
 def read_pixels(image: bytes | Path, *, name: str) -> Tensor:
-    """Return an image as RGB, uint8 `[H, W, 3]`.
+    """Return an image as RGB, uint8 `[H, W, 3]`: upright, and of 16 bits per channel the upper 8.
 
     Args:
         image: A file, or its content.
@@ -49,7 +50,7 @@ def read_pixels(image: bytes | Path, *, name: str) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
-            pixels = np.asarray(file.convert("RGB"))
+            pixels = np.asarray(to_rgb(upright(file)))
     except Exception as error:  # each format's reader fails on a damaged file in its own way
         raise DataError(f"{name} cannot be read: {error}") from error
     return torch.from_numpy(pixels.copy())
@@ -60,9 +61,9 @@ def find_images(source: str, prompts: str | None = None) -> list[ImageFile]:
 
     Args:
         source: A folder (its images in the order of their names), a glob pattern, or a `.jsonl` file with `image` (a
-            path, relative to the file) and `prompt` a line; everything else in a line is metadata.
-        prompts: A `.txt` or `.jsonl` prompt file with one line per image, in the same order. Without it, images that
-            are not from a `.jsonl` file have the empty prompt.
+            path, relative to the file) and, maybe, `prompt` a line; everything else in a line is metadata.
+        prompts: A `.txt` or `.jsonl` prompt file with one line per image, in the same order; what else its lines have
+            joins the metadata. Without it, an image that has no prompt of its own has the empty one.
 
     Raises:
         DataError: There is no image, a line lacks its image, or the numbers of images and prompts differ.
@@ -79,7 +80,10 @@ def find_images(source: str, prompts: str | None = None) -> list[ImageFile]:
     lines = read_prompt_file(Path(prompts))
     if len(lines) != len(files):
         raise DataError(f"{len(files)} images in {source!r} and {len(lines)} prompts in {prompts!r}; give one each")
-    return [ImageFile(file.path, line) for file, line in zip(files, lines, strict=True)]
+    return [
+        ImageFile(file.path, Prompt(line.text, {**file.prompt.metadata, **line.metadata}))
+        for file, line in zip(files, lines, strict=True)
+    ]
 
 
 def _paths(source: str) -> Sequence[Path]:
@@ -90,7 +94,7 @@ def _paths(source: str) -> Sequence[Path]:
 
 def _from_lines(path: Path) -> list[ImageFile]:
     files: list[ImageFile] = []
-    for number, line in enumerate(read_prompt_file(path), start=1):
+    for number, line in enumerate(read_prompt_file(path, promptless=True), start=1):
         metadata = dict(line.metadata)
         image = metadata.pop("image", None)
         if not isinstance(image, str) or not image:

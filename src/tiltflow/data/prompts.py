@@ -46,8 +46,12 @@ def load_prompts(source: str, *, split: Split, blocklist: Sequence[str] = ()) ->
     return kept
 
 
-def read_prompt_file(path: Path) -> list[Prompt]:
+def read_prompt_file(path: Path, *, promptless: bool = False) -> list[Prompt]:
     """Read a `.txt` or `.jsonl` prompt file; blank lines are skipped.
+
+    Args:
+        path: Of the file.
+        promptless: Lines of a `.jsonl` file may have no `prompt`, which then is empty.
 
     Raises:
         DataError: The file is missing, empty, of another kind, or has a malformed line.
@@ -64,14 +68,16 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         raise DataError(f"prompt file {path} is empty; write at least one prompt")
     if path.suffix == ".txt":
         return [Prompt(line) for _, line in numbered]
-    return [_from_json(path, number, line) for number, line in numbered]
+    return [_from_json(path, number, line, promptless=promptless) for number, line in numbered]
 
 
-def _from_json(path: Path, number: int, line: str) -> Prompt:
+def _from_json(path: Path, number: int, line: str, *, promptless: bool) -> Prompt:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {number}: not valid JSON: {error}") from error
+    if promptless and isinstance(record, dict) and "prompt" not in record:
+        return Prompt("", record)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
         raise DataError(f'{path}, line {number}: needs an object with a non-empty "prompt" string; got {line[:80]!r}')
     return Prompt(record["prompt"], {key: value for key, value in record.items() if key != "prompt"})

@@ -4,6 +4,7 @@ import glob
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ def open_source(source: str, *, split: str | None = None, mapped: bool = False) 
         DataError: There is no such source, it cannot be read, it holds no record or several splits, or a package is
             missing.
     """
+    source = expanduser(source)
     base, _, named = source.rpartition("@")
     path = Path(source)
     if base and not path.exists() and Path(base).exists():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tiltflow.demo.scenes import outline
 from tiltflow.demo.vocabulary import BACKGROUND, COLORS, SHAPES, Color, Shape
 from tiltflow.rewards.geneval import Detection
+from tiltflow.rewards.geneval_reward import KnownClasses
 
 MIN_AREA: Final = 24  # pixels of a 64x64 image; smaller blobs are specks
 TEMPLATE: Final = 32  # side of the normalised mask that outlines are compared on
@@ -113,8 +114,11 @@ def _palette_lab() -> NDArray[np.float32]:
     return cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0]
 
 
-class ShapeDetector:
+class ShapeDetector(KnownClasses):
     """The detector of the drawn world as the GenEval reward asks for one."""
+
+    classes = SHAPES
+    colors = tuple(COLORS)
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[Detection]]:
         """Return the shapes of each RGB image, uint8 `[H, W, 3]`."""

@@ -16,7 +16,7 @@ from tiltflow.errors import ConfigError
 from tiltflow.flow.steps import sigma_schedule
 from tiltflow.policies.base import Policy
 from tiltflow.policies.parameters import PolicyWeights
-from tiltflow.types import DTYPES, Conditioning, Config
+from tiltflow.types import DTYPES, Conditioning, Config, PathText
 
 # The eight attention maps of every joint block that all published recipes for SD3.5 train.
 ATTENTION_TARGETS = (
@@ -44,7 +44,7 @@ class SD3Config(Config):
     """How a Stable Diffusion 3 pipeline is loaded and trained."""
 
     family: Literal["sd3"] = "sd3"
-    model_name: str
+    model_name: PathText
     finetune: Literal["lora", "full"] = "lora"
     lora: LoRAOptions = LoRAOptions()
     height: int | None = Field(default=None, ge=16, multiple_of=16)  # pixels; None: what the model was made for

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tiltflow.errors import ConfigError
 from tiltflow.reward_training.base import Fitting
 from tiltflow.runtime.tracking import TrackingConfig
-from tiltflow.types import Beta, Config
+from tiltflow.types import Beta, Config, in_home
 
 Steps = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -161,7 +161,7 @@ class FitRunConfig(Config):
     """Everything that decides the training of a reward model; each kind has its own `model`, `data` and defaults."""
 
     seed: int = 0
-    output_dir: str | None = Field(default=None, min_length=1)
+    output_dir: Annotated[str | None, Field(min_length=1), AfterValidator(in_home)] = None
     model: RewardModelConfig
     data: Config
     train: FitConfig = FitConfig()

@@ -18,7 +18,7 @@ from tiltflow.scorers.clip_backbone import ClipBackbone
 from tiltflow.scorers.clip_loading import load_clip_folder
 from tiltflow.scorers.clip_new import save_clip
 from tiltflow.scorers.preprocess import clip_preprocess_levels
-from tiltflow.types import DTYPES, Config
+from tiltflow.types import DTYPES, Config, PathText, PathTextOrNone
 
 Levels = Tensor | Sequence[Tensor]  # [B, H, W, 3], or B tensors [H, W, 3] of any sizes; in [0, 255], float or uint8
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -40,8 +40,8 @@ SUMS: Final = (
 class RewardInferenceConfig(Config):
     """Which trained model `get_reward_model` loads."""
 
-    pretrained: str  # folder, or hub repository, of a CLIP in transformers' format
-    tokenizer: str | None = None  # folder or hub repository of CLIP's tokenizer; None looks for it
+    pretrained: PathText  # folder, or hub repository, of a CLIP in transformers' format
+    tokenizer: PathTextOrNone = None  # folder or hub repository of CLIP's tokenizer; None looks for it
     precision: Precision = "fp32"
     device: str = "cpu"
 

@@ -16,17 +16,17 @@ from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.clip_loading import load_clip_checkpoint, load_clip_folder
 from tiltflow.scorers.clip_new import ClipSizes, new_clip
 from tiltflow.scorers.open_clip import HiddenAct
-from tiltflow.types import Config
+from tiltflow.types import Config, PathTextOrNone
 
 
 class ImageTextModelConfig(RewardModelConfig):
     """Where the model starts from, and what of it learns how."""
 
     reward_model_type: str = "image_text"
-    pretrained: str | None = None  # folder, or hub repository, of a CLIP in transformers' format; or open_clip's file
+    pretrained: PathTextOrNone = None  # folder or hub repository of a CLIP in transformers' format, or open_clip's file
     hidden_act: HiddenAct | None = None  # of open_clip's file, which does not say it: gelu for LAION's and HPSv2's
     from_scratch: ClipSizes | None = None  # or a new one of these sizes
-    tokenizer: str | None = None  # of a pretrained one: folder or hub repository; None looks for it
+    tokenizer: PathTextOrNone = None  # of a pretrained one: folder or hub repository; None looks for it
     freeze_vision: bool = False
     freeze_text: bool = False
     freeze_logit_scale: bool = False

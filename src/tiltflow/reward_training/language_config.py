@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tiltflow.data.preferences import Layout
 from tiltflow.data.records import OnBad
@@ -12,7 +12,7 @@ from tiltflow.errors import ConfigError
 from tiltflow.reward_training.fit_config import FitRunConfig, LanguageFitConfig, RewardModelConfig
 from tiltflow.reward_training.language_data import OverLength
 from tiltflow.scorers import LoraSettings
-from tiltflow.types import Config
+from tiltflow.types import Config, in_home
 
 RankingLoss = Literal["bradley_terry", "margin", "scaled"]
 MAX_LENGTH: Final = 4096  # tokens, where the network can read as many
@@ -44,7 +44,9 @@ class LanguageModelConfig(RewardModelConfig):
     """The section `model`."""
 
     reward_model_type: RewardModelType
-    pretrained: str = Field(min_length=1)  # folder, or hub repository: a causal language model, classifier or adapter
+    pretrained: Annotated[
+        str, Field(min_length=1), AfterValidator(in_home)
+    ]  # folder, or hub repository: a causal language model, classifier or adapter
     head: HeadConfig = HeadConfig()
     new_head: bool = False  # begin with a new head even if the folder has one
     lora: LoraSettings | None = None

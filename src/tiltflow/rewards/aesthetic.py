@@ -7,6 +7,7 @@ from tiltflow.rewards.base import Weights
 from tiltflow.rewards.scorer_reward import PointwiseScorerReward, ScorerOptions
 from tiltflow.scorers import AestheticScorer
 from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder
+from tiltflow.types import PathText, PathTextOrNone
 
 HEAD: Final = WeightsFile(
     "sac+logos+ava1-l14-linearMSE.pth", page="github.com/christophschuhmann/improved-aesthetic-predictor"
@@ -16,8 +17,8 @@ HEAD: Final = WeightsFile(
 class AestheticOptions(ScorerOptions):
     """Options of the aesthetic score."""
 
-    model_name_or_path: str = "openai/clip-vit-large-patch14"  # the CLIP network below the head
-    checkpoint: str | None = None  # the head's file, if it is not the published one
+    model_name_or_path: PathText = "openai/clip-vit-large-patch14"  # the CLIP network below the head
+    checkpoint: PathTextOrNone = None  # the head's file, if it is not the published one
 
 
 class AestheticReward(PointwiseScorerReward):

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -131,6 +131,11 @@ class RewardModel(ABC):
     @classmethod  # noqa: B027  # most rewards can score any prompt
     def check_prompt(cls, prompt: Prompt) -> None:
         """Raise a TiltflowError if a prompt can never be scored; asked before any model is loaded."""
+
+    @classmethod
+    def prompt_check(cls, options: Any) -> Callable[[Prompt], None]:
+        """Return what checks prompts with some options (an instance of `Options`); for most rewards `check_prompt`."""
+        return cls.check_prompt
 
     @abstractmethod
     def __call__(

@@ -13,7 +13,7 @@ from tiltflow.scorers import ClipScorer
 from tiltflow.scorers.checkpoints import WeightsFile, WeightsFolder
 from tiltflow.scorers.clip import ClipScale
 from tiltflow.scorers.clip_loading import TokenizerFiles
-from tiltflow.types import Config
+from tiltflow.types import Config, PathText, PathTextOrNone
 
 HPS_FILES: Final = {
     "v2.0": WeightsFile("HPS_v2_compressed.pt", page="huggingface.co/xswu/HPSv2", repo="xswu/HPSv2"),
@@ -24,7 +24,7 @@ HPS_FILES: Final = {
 class PickScoreRankOptions(Config):
     """Options of the PickScore rank."""
 
-    model_name_or_path: str = "yuvalkirstain/PickScore_v1"
+    model_name_or_path: PathText = "yuvalkirstain/PickScore_v1"
 
 
 class PickScoreOptions(PickScoreRankOptions):
@@ -36,7 +36,7 @@ class PickScoreOptions(PickScoreRankOptions):
 class ClipOptions(ScorerOptions):
     """Options of CLIPScore."""
 
-    model_name_or_path: str = "openai/clip-vit-large-patch14"
+    model_name_or_path: PathText = "openai/clip-vit-large-patch14"
     scale: ClipScale = "cosine"  # or logits: the cosine times about 100
 
 
@@ -45,8 +45,8 @@ class HPSv2Options(ScorerOptions):
 
     version: Literal["v2.1", "v2.0"] = "v2.1"  # their scores cannot be compared
     antialias: bool = True  # False resizes as installations of 2023 did
-    checkpoint: str | None = None  # a file in place of the version's own
-    tokenizer: str | None = None  # folder or hub repository of CLIP's tokenizer; None looks for it
+    checkpoint: PathTextOrNone = None  # a file in place of the version's own
+    tokenizer: PathTextOrNone = None  # folder or hub repository of CLIP's tokenizer; None looks for it
 
 
 class PickScoreReward(PointwiseScorerReward):

@@ -13,6 +13,7 @@ from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardM
 from tiltflow.rewards.crowd import do_all
 from tiltflow.rewards.judge import RUNNING, ChatEndpoint, EndpointOptions, EndpointSettings, Url
 from tiltflow.rewards.labels import weigh_words
+from tiltflow.runtime.pixels import to_rgb
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.deqa import (
     ANSWER,
@@ -24,6 +25,7 @@ from tiltflow.scorers.deqa import (
     pad_to_square,
 )
 from tiltflow.scorers.preprocess import CLIP_MEAN
+from tiltflow.types import PathTextOrNone
 
 ONE_WORD: Final = f"{QUESTION} Answer with one word: {', '.join(LEVELS[:-1])} or {LEVELS[-1]}."
 PUBLISHED: Final = "DeQA-Score"  # how the names of the published weights begin
@@ -34,7 +36,7 @@ DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry s
 class DeQAOptions(EndpointOptions):
     """Options of DeQAScore: `model` alone for a local model, with `base_url` for one behind an endpoint."""
 
-    model: str | None = None  # local: a folder, or a hub repository in the cache; else its name at the endpoint
+    model: PathTextOrNone = None  # local: a folder, or a hub repository in the cache; else its name at the endpoint
     prompt: str | None = None  # local: the whole text before the quality word, for a model without chat template
     base_url: Url | None = None  # such as http://localhost:8000/v1
     continue_answer: bool = False  # let the model continue the answer as the local one does: vLLM and SGLang can
@@ -147,7 +149,7 @@ class _RemoteJudge:
             JudgeError: The model cannot be asked, or answers something else.
         """
         red, green, blue = (int(255 * value) for value in CLIP_MEAN)
-        square = pad_to_square(image.convert("RGB"), (red, green, blue))
+        square = pad_to_square(to_rgb(image), (red, green, blue))
         if self.options.continue_answer:
             return self.endpoint.first_token([square, QUESTION], self._weigh, answer=ANSWER)
         return self.endpoint.first_token([square, ONE_WORD], self._weigh)

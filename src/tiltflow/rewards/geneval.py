@@ -20,7 +20,7 @@ Source: djghosh13/geneval (official rule) and yifan123/reward-server (strict rul
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -101,6 +101,26 @@ def colored_classes(metadata: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(clause.label for clause in _clauses(metadata, "include") if clause.color is not None)
 
 
+def check_findable(metadata: Mapping[str, Any], *, classes: Collection[str], colors: Collection[str]) -> None:
+    """Check that what a prompt asks for is among what a detector can find: its score would be 0 for ever.
+
+    Args:
+        metadata: As for `score_detections`.
+        classes: That the detector knows.
+        colors: That it tells apart.
+
+    Raises:
+        DataError: It is not, or the metadata is malformed.
+    """
+    for clause in _clauses(metadata, "include"):
+        for what, value, known in (("class", clause.label, classes), ("color", clause.color, colors)):
+            if value is not None and value not in known:
+                raise DataError(
+                    f"the detector cannot find the {what} {value!r}, so the score would be 0 for ever; it knows "
+                    f"{', '.join(known)}; take another detector, or leave such prompts out"
+                )
+
+
 @dataclass(frozen=True)
 class _Clause:
     label: str
@@ -136,15 +156,18 @@ def _clauses(metadata: Mapping[str, Any], key: Literal["include", "exclude"]) ->
         where = f"metadata {key}[{index}] is {entry!r}"
         if not isinstance(entry, Mapping) or not fields.issuperset(entry):
             raise DataError(f"{where}; it must be a mapping with no keys but {', '.join(sorted(fields))}")
-        label, count, position = entry.get("class"), entry.get("count"), entry.get("position")
+        label, count = entry.get("class"), entry.get("count")
+        color, position = entry.get("color"), entry.get("position")
         if not isinstance(label, str) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise DataError(f"{where}; it needs class (text) and count (a whole number from 1)")
+        if color is not None and (not isinstance(color, str) or color not in COLORS):
+            raise DataError(f"{where}; color is one of {', '.join(COLORS)}")
         if position is not None:
             is_pair = isinstance(position, list | tuple) and len(position) == 2
             if not is_pair or position[0] not in RELATIONS or position[1] not in range(index):
                 raise DataError(f"{where}; position is [{' | '.join(RELATIONS)}, index of an earlier clause]")
             position = (position[0], position[1])
-        clauses.append(_Clause(label, count, entry.get("color"), position))
+        clauses.append(_Clause(label, count, color, position))
     return clauses
 
 

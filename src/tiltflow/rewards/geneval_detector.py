@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.geneval import MAX_OBJECTS, THRESHOLD, Detection
-from tiltflow.rewards.geneval_reward import ColoringDetector
+from tiltflow.rewards.geneval_reward import ColoringDetector, KnownClasses
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.geneval_color import COLOR_MODEL, load_color_classifier
 from tiltflow.scorers.mask2former import Channels, Instances, Resize, find_mask2former, load_mask2former
@@ -29,11 +29,13 @@ CLASSES: Final = tuple(
 )
 
 
-class Mask2FormerDetector(ColoringDetector):
+class Mask2FormerDetector(ColoringDetector, KnownClasses):
     """Detects COCO's 80 classes with the network, sizes and thresholds of GenEval's evaluation.
 
     Objects whose score is not above the threshold are left out, as are those of a class after its 16 best.
     """
+
+    classes = CLASSES
 
     def __init__(
         self,

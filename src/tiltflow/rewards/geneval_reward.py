@@ -2,9 +2,9 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
-from tiltflow.rewards.geneval import Detection, GenevalResult, colored_classes, score_detections
-from tiltflow.types import Config, Prompt
+from tiltflow.rewards.geneval import COLORS, Detection, GenevalResult, check_findable, colored_classes, score_detections
+from tiltflow.runtime.pixels import to_rgb
+from tiltflow.types import Config, PathText, PathTextOrNone, Prompt
 
 # name -> "module:Class"; third parties write "package.module.Class".
 DETECTORS: Mapping[str, str] = {
@@ -28,6 +29,13 @@ class Detector(Protocol):
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[Detection]]:
         """Return the objects of each RGB image, uint8 `[H, W, 3]`."""
         ...
+
+
+class KnownClasses:
+    """Base of a detector that tells what it can find, so that prompts which ask for more are refused beforehand."""
+
+    classes: ClassVar[Sequence[str]]  # labels of its detections
+    colors: ClassVar[Sequence[str]] = COLORS
 
 
 class ColoringDetector(ABC):
@@ -51,8 +59,8 @@ class GenevalOptions(Config):
     detector: str = "mask2former"
     score: Literal["partial", "strict", "correct"] = "partial"
     quirks: Literal["clean", "reference"] = "clean"
-    weights: str | None = None  # file or folder; None: the published file in the models folder
-    color_model: str = "openai/clip-vit-large-patch14"  # folder or hub name of a CLIP model
+    weights: PathTextOrNone = None  # file or folder; None: the published file in the models folder
+    color_model: PathText = "openai/clip-vit-large-patch14"  # folder or hub name of a CLIP model
     resize: Literal["800px", "native"] = "800px"
     channels: Literal["rgb", "bgr"] = "rgb"
     detector_batch_size: int = Field(default=8, ge=1)  # images per forward pass
@@ -107,6 +115,24 @@ class GenevalReward(PointwiseRewardModel):
         """
         score_detections([], prompt.metadata)
 
+    @classmethod
+    def prompt_check(cls, options: GenevalOptions) -> Callable[[Prompt], None]:
+        """Return a check of the metadata that also refuses what the detector cannot find, if that says what it can.
+
+        Raises:
+            RewardError: There is no such detector.
+        """
+        detector = detector_class(options.detector)
+        if not (isinstance(detector, type) and issubclass(detector, KnownClasses)):
+            return cls.check_prompt
+        known = detector
+
+        def check(prompt: Prompt) -> None:
+            cls.check_prompt(prompt)
+            check_findable(prompt.metadata, classes=known.classes, colors=known.colors)
+
+        return check
+
     def __call__(
         self,
         prompt: list[str] | None = None,
@@ -117,7 +143,7 @@ class GenevalReward(PointwiseRewardModel):
         metadata: Sequence[Mapping[str, Any]] = (),
     ) -> RewardModelOutput:
         """Score PIL images against their prompts' metadata."""
-        found = self._find([np.asarray(item.convert("RGB")) for item in image], metadata)
+        found = self._find([np.asarray(to_rgb(item)) for item in image], metadata)
         options: GenevalOptions = self.options
         results = [
             score_detections(objects, line, quirks=options.quirks)

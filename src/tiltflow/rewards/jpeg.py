@@ -6,6 +6,7 @@ from typing import Any, Final
 from PIL import Image
 
 from tiltflow.rewards.base import PointwiseRewardModel, RewardModelOutput
+from tiltflow.runtime.pixels import to_rgb
 
 QUALITY: Final = 95  # of Pillow's JPEG encoder
 REFERENCE_BYTES: Final = 500_000  # an image of this size has the reward -1
@@ -36,5 +37,5 @@ class JPEGCompressibilityReward(PointwiseRewardModel):
 def jpeg_bytes(image: Image.Image) -> int:
     """Return the size of an image as a JPEG file of quality 95, in bytes."""
     buffer = BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=QUALITY)
+    to_rgb(image).save(buffer, format="JPEG", quality=QUALITY)
     return buffer.getbuffer().nbytes

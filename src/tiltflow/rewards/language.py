@@ -16,13 +16,13 @@ from tiltflow.scorers import LanguageRewardModel
 from tiltflow.scorers.checkpoints import WeightsFolder
 from tiltflow.scorers.language_head import reward_attribute
 from tiltflow.scorers.language_text import Text, check_length
-from tiltflow.types import Config
+from tiltflow.types import Config, PathTextOrNone
 
 
 class LanguageRewardOptions(Config):
     """Options of the language reward."""
 
-    model: str | None = None  # folder that `tiltflow train-reward` wrote, or a sequence classifier of the hub's cache
+    model: PathTextOrNone = None  # folder that `tiltflow train-reward` wrote, or a classifier of the hub's cache
     max_length: int | None = Field(default=None, ge=1)  # tokens; None: what the network can read, which is the most
     over_length: Literal["error", "truncate"] = "error"  # a longer text fails, or keeps its beginning
     mean: float = 0.0  # reward = (score - mean) / std

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from tiltflow.errors import RewardError
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput
+from tiltflow.runtime.pixels import to_rgb
 from tiltflow.types import Config, Prompt
 
 # The models of RapidOCR 3.10's wheel. They are named here so that another version, whose scores would be others, or a
@@ -204,7 +205,7 @@ def _recogniser(side: int) -> Any:
 
 def _pixels(image: Image.Image, *, upscale: int) -> NDArray[np.uint8]:
     """Return an image as RapidOCR takes arrays, uint8 `[H, W, 3]` in the order BGR."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if upscale > 1:
         image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tiltflow.errors import RewardError
+from tiltflow.runtime.pixels import to_rgb
 from tiltflow.serving import wire
 
 S = TypeVar("S")
@@ -247,7 +248,7 @@ def _video(name: str, medium: Any) -> _Video:
 
 
 def _levels(picture: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    return np.asarray(to_rgb(picture))
 
 
 def _values(tensor: Tensor) -> wire.Pixels:

@@ -143,9 +143,10 @@ def check_prompts(rewards: Sequence[RewardArguments], prompts: Sequence[Prompt],
                 f"reward {reward.name!r} requires 'metadata', but {len(bare)} of {len(prompts)} prompts of {source!r} "
                 f'have none, the first being {bare[0]!r}; use a .jsonl file that gives it beside "prompt"'
             )
+        check = cls.prompt_check(_options(reward, cls))
         for prompt in prompts:
             try:
-                cls.check_prompt(prompt)
+                check(prompt)
             except TiltflowError as error:
                 raise RewardError(
                     f"reward {reward.name!r} cannot score the prompt {prompt.text!r} of {source!r}: {error}"

@@ -20,7 +20,7 @@ from tiltflow.rewards.judge import (
     NotOfferedError,
 )
 from tiltflow.rewards.labels import LabelTokens, check_absent, shares, spellings, token_masses, word_masses
-from tiltflow.rewards.wording import Wording, fill
+from tiltflow.rewards.wording import Wording, asks_for_prompt, fill
 
 DEFAULT_TIMEOUT: Final = 60.0  # seconds per request, where the reward's entry sets none
 DEFAULT_QUESTION: Final = (
@@ -89,6 +89,7 @@ class VllmEvaluateReward(PointwiseRewardModel):
         """
         super().__init__(config, accelerator)
         self._own: VllmEvaluateOptions = self.options
+        self.required_fields = self.fields_for(self._own)
         settings = EndpointSettings.of(
             self._own,
             base_url=self._own.api_base_url,
@@ -97,6 +98,11 @@ class VllmEvaluateReward(PointwiseRewardModel):
         )
         self._endpoint = ChatEndpoint(settings)
         self._labels = LabelTokens(self._endpoint, _labels(self._own))
+
+    @classmethod
+    def fields_for(cls, options: VllmEvaluateOptions) -> tuple[str, ...]:
+        """Return what the judge is told of: the image, and the prompt if the question has a place for it."""
+        return cls.required_fields if asks_for_prompt(options.question) else ("image",)
 
     @classmethod
     def call_seconds(cls, config: RewardArguments) -> float:
@@ -110,14 +116,15 @@ class VllmEvaluateReward(PointwiseRewardModel):
 
     def __call__(
         self,
-        prompt: list[str],
+        prompt: list[str] | None = None,
         image: Any = None,
         video: Any = None,
         condition_images: Any = None,
         condition_videos: Any = None,
     ) -> RewardModelOutput:
         """Score PIL images; what the judge does not answer is a failure of that image alone."""
-        done = do_all(self._rate, list(zip(prompt, image, strict=True)), at_once=self._own.max_concurrent)
+        prompts = [""] * len(image) if prompt is None else prompt
+        done = do_all(self._rate, list(zip(prompts, image, strict=True)), at_once=self._own.max_concurrent)
         rewards = [math.nan if pair is None else pair[0] for pair in done.results]
         masses = [None if pair is None else pair[1] for pair in done.results]
         return RewardModelOutput(torch.tensor(rewards, dtype=torch.float32), {"mass": masses}, done.failures)

@@ -19,7 +19,7 @@ MODELS_VARIABLE = "TILTFLOW_MODELS"
 
 def models_folder() -> Path:
     """Return the folder of downloaded weights: `$TILTFLOW_MODELS`, or `models/` where the command is called."""
-    return Path(os.environ.get(MODELS_VARIABLE, "models"))
+    return Path(os.environ.get(MODELS_VARIABLE, "models")).expanduser()
 
 
 def hub_snapshot(repo: str) -> Path | None:

@@ -1,9 +1,9 @@
 """Encoded pictures to pixels: what is accepted, how far it is trusted, and what becomes of unusual ones.
 
 Accepted are single PNG, JPEG and WebP pictures that end where their file does. The size is read from the header and
-checked before anything is decoded. The pixels are what Pillow's `convert("RGB")` makes of the file, as everywhere in
-this package: an alpha channel is dropped, not blended; an orientation tag is not applied; palette, grey and CMYK
-pictures become RGB; of 16 bits per channel the upper 8 are kept.
+checked before anything is decoded. The pixels are those that a file has everywhere in this package: an alpha channel is
+dropped, not blended; an orientation tag is applied; palette, grey and CMYK pictures become RGB; of 16 bits per channel
+the upper 8 are kept.
 """
 
 import base64
@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
+from tiltflow.runtime.pixels import to_rgb, upright
 from tiltflow.serving.wire import Limits, WireError
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
-_SIXTEEN_BITS: Final = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow would cut grey levels off at 255
 _NEXT_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG, after a stretch of coded data
 _BARE_MARKERS: Final = (0x01, *range(0xD0, 0xD9))  # those that no length follows
 
@@ -105,7 +105,7 @@ def decode(data: bytes, *, limits: Limits, budget: Budget, param: str) -> NDArra
         raise _failure(param, f"the picture ends after {end} of {len(data)} bytes; send nothing else with it")
     budget.take(picture.height * picture.width * 3)
     try:
-        return _pixels(picture)
+        return np.asarray(to_rgb(upright(picture)))
     except Exception as error:  # as above
         raise _failure(param, _reason(error)) from error
 
@@ -141,15 +141,6 @@ def stack_frames(frames: Sequence[Any], *, param: str) -> Any:
 def _check_one_picture(picture: Image.Image, param: str) -> None:
     if isinstance(picture, PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile) and picture.n_frames > 1:
         raise _failure(param, f"the file has {picture.n_frames} frames; send a video as a list of single pictures")
-
-
-def _pixels(picture: Image.Image) -> NDArray[np.uint8]:
-    if picture.mode in _SIXTEEN_BITS:
-        grey = np.asarray(picture)
-        if int(grey.max()) > 0xFFFF or int(grey.min()) < 0:
-            raise ValueError("grey levels of more than 16 bits")
-        return np.repeat((grey >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _png_end(data: bytes) -> int:

@@ -29,7 +29,7 @@ from tiltflow.policies.tiny_sd3 import TinySD3Config, build_tiny_sd3, save_compa
 from tiltflow.runtime.checkpoint import CheckpointStore, load_state, load_tensors, save_state, save_tensors
 from tiltflow.runtime.files import make_folder, replacing_folder, write_atomically
 from tiltflow.runtime.randomness import generator
-from tiltflow.types import Beta, Config
+from tiltflow.types import Beta, Config, PathText, PathTextOrNone
 
 CONFIG_FILE = "pretrain.json"
 PHASES_FILE = "training.json"
@@ -61,9 +61,9 @@ class PretrainConfig(Config):
     """Everything that decides a pretraining run."""
 
     name: str = "tiny_sd3"  # of the model, on its card
-    output_dir: str = "outputs/tiny_sd3"
+    output_dir: PathText = "outputs/tiny_sd3"
     source: str = "tiltflow.demo.dataset:DrawnScenes"
-    init_from: str | None = None
+    init_from: PathTextOrNone = None
     seed: int = 0
     model: TinySD3Config = TinySD3Config()
     autoencoder: AutoencoderTraining = AutoencoderTraining()

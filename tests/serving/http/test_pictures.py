@@ -74,10 +74,12 @@ def test_of_16_bits_the_upper_8_are_kept() -> None:
     np.testing.assert_array_equal(read(encoded(Image.fromarray(grey)))[:, :, 0], grey >> 8)
 
 
-def test_an_orientation_tag_is_not_applied() -> None:
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+def test_an_orientation_tag_is_applied(form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert read(encoded(Image.fromarray(NOISE), "PNG", exif=exif)).shape == (40, 30, 3)
+    plain, turned = (read(encoded(Image.fromarray(NOISE), form, exif=each)) for each in (Image.Exif(), exif))
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1))
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
