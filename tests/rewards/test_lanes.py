@@ -35,6 +35,17 @@ def test_closing_does_not_wait_for_a_call_that_a_lane_took_meanwhile() -> None:
     assert lanes._queue.get_nowait() is None  # told to the threads
 
 
+def test_a_call_that_ends_while_it_is_given_up_keeps_one_thread_for_its_lane() -> None:
+    late, ended = Call(lambda: 1), Call(lambda: 1)
+    assert late.give_up()  # another thread takes the lane
+    late.run()
+    assert not late.settle()
+    ended.run()
+    assert ended.settle()  # its own thread has taken the next call already
+    assert not ended.give_up()
+    assert late.given_up and ended.given_up  # nobody waits for either
+
+
 class Quits(PointwiseRewardModel):
     def __call__(self, prompt, image=None, **fields: Any):
         raise SystemExit(0)

@@ -23,6 +23,8 @@ class Call(Generic[T]):
     given_up: bool = False
     result: T | None = None
     error: Exception | None = None
+    _settled: bool = False  # its thread has gone on
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
         """Do the work, keeping its result or its exception."""
@@ -36,6 +38,18 @@ class Call(Generic[T]):
         finally:
             self.ended = time.monotonic()
             self.done.set()
+
+    def settle(self) -> bool:
+        """Tell, once it is done, whether its thread goes on: not if another one has taken its lane."""
+        with self._lock:
+            self._settled = True
+            return not self.given_up
+
+    def give_up(self) -> bool:
+        """Wait for it no longer, and tell whether its lane needs another thread: not if its own has just gone on."""
+        with self._lock:
+            self.given_up = True
+            return not self._settled
 
     def answer(self) -> T:
         """Return what the work returned, or raise what it raised."""
@@ -143,8 +157,7 @@ class Lanes(Generic[T]):
         with self._lock:
             self._calls = [call for call in self._calls if not call.done.is_set()]
             for call in self._calls:
-                if self._is_late(call) and not call.given_up:
-                    call.given_up = True
+                if self._is_late(call) and not call.given_up and call.give_up():
                     self._start()
 
     def _patience(self, call: Call[T]) -> float | None:
@@ -164,6 +177,6 @@ def _work(queue: "SimpleQueue[Call[T] | None]") -> None:
     while (call := queue.get()) is not None:
         if not call.given_up:
             call.run()
-            if call.given_up:
+            if not call.settle():
                 return
     queue.put(None)  # for the next thread
