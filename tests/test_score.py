@@ -194,8 +194,7 @@ def test_it_goes_on_where_it_stopped(images: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("tiltflow.data.images.ImageFile.load", loading)
     arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(arguments)
+    assert cli.main(arguments) == 130
     part = tmp_path / "s.jsonl.part"
     assert len(part.read_text().splitlines()) == 3  # what it is of, and two rows
     part.write_text(part.read_text() + '{"image": "cut')
@@ -322,8 +321,7 @@ def test_a_part_file_of_another_scoring_says_what_differs(
     change: dict[str, str],
     differing: str,
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(tmp_path, LINES, monkeypatch)
+    assert interrupted(tmp_path, LINES, monkeypatch) == 130
     before = (tmp_path / "s.jsonl.part").read_bytes()
     options = {key: value for key, value in change.items() if key.startswith("--")}
     last = {**LINES[-1], **{key: value for key, value in change.items() if key not in options}}
@@ -339,14 +337,12 @@ def test_half_a_group_and_half_a_letter_are_scored_again(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{**line, "prompt": f"Größe {line['tag']}"} for line in LINES]
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(tmp_path, lines, monkeypatch)
+    assert interrupted(tmp_path, lines, monkeypatch) == 130
     part = tmp_path / "s.jsonl.part"
     head, group, rest = part.read_bytes().split(b"\n")
     assert rest == b""
     part.write_bytes(b"\n".join([head, group[: group.rindex("ö".encode()) + 1]]))
-    with pytest.raises(KeyboardInterrupt):  # after the first two again
-        interrupted(tmp_path, lines, monkeypatch)
+    assert interrupted(tmp_path, lines, monkeypatch) == 130  # after the first two again
     assert part.read_bytes().split(b"\n") == [head, group, b""]
     assert interrupted(tmp_path, lines, monkeypatch) == 0
 
@@ -367,8 +363,7 @@ def test_what_failed_is_scored_again_and_what_did_not_is_kept(
 
     monkeypatch.setattr("tests.rewards_for_tests.Redness.__call__", call)
     arguments = ["score", "--rewards", REDNESS, "--images", str(images), "--output", str(tmp_path / "s.jsonl")]
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(arguments)
+    assert cli.main(arguments) == 130
     assert cli.main(arguments) == 0
     assert asked == [2, 2, 1, 2, 1]
     rows = rows_of(tmp_path / "s.jsonl")
@@ -381,8 +376,7 @@ def test_an_image_that_was_rendered_anew_is_scored_anew(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{**line, "prompt": "a star"} for line in LINES]
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(tmp_path, lines, monkeypatch)
+    assert interrupted(tmp_path, lines, monkeypatch) == 130
     Image.new("RGB", (8, 8), (255, 0, 0)).save(images / "1.png")
     monkeypatch.undo()
     options = ("--rewards", BRIGHTNESS, "--images", tmp_path / "list.jsonl", "--group_size", 2)
