@@ -65,7 +65,7 @@ def test_score_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     [
         (["train", "shapes_ram"], "run_training", True),
         (["train-reward", "shapes_preference"], "run_reward_training", True),
-        (["pretrain", "tiny_sd3"], "run_pretraining", False),
+        (["pretrain", "tiny_sd3"], "run_pretraining", True),
         (["sample", "--prompt", "a star"], "run_sampling", False),
     ],
 )

@@ -54,6 +54,7 @@ def test_how_a_reward_is_run_may_change(
         [{**FAR, "weight": 2.0}, OCR],
         [{**FAR, "name": "near"}, OCR],
         [{**FAR, "pixels": "uint8"}, OCR],
+        [{**FAR, "model": None}, OCR],
         [FAR, {**OCR, "reward_model": "JPEGCompressibility"}],
         [FAR, {**OCR, "detection_side": 640}],
         [FAR, {**OCR, "dtype": "bfloat16"}],
@@ -66,6 +67,22 @@ def test_another_reward_makes_another_run(tmp_path: Path, rewards: list[dict[str
     saved.write_text(dump(config_of(FAR, OCR)))
     with pytest.raises(ConfigError, match=r"holds another run \(rewards: "):
         changed_values(saved, config_of(*rewards))
+
+
+@pytest.mark.parametrize(
+    ("before", "changes"),
+    [
+        ({**FAR, "model": None}, {"server_url": "http://b"}),  # the only model of the server: the address decides
+        ({"name": "q", "reward_model": "DeQAScore", "model": "m"}, {"base_url": "http://b/v1"}),  # asked otherwise
+    ],
+)
+def test_an_address_that_decides_what_is_measured_makes_another_run(
+    tmp_path: Path, before: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump(config_of(before)))
+    with pytest.raises(ConfigError, match=r"holds another run \(rewards: "):
+        changed_values(saved, config_of({**before, **changes}))
 
 
 def test_the_remedy_that_a_stopped_run_names_can_be_used_on_it(

@@ -309,7 +309,6 @@ def test_rows_that_cannot_be_written_are_an_error_with_the_reason(
         ({"tag": "another"}, "other metadata;"),
         ({"image": "images/4.png"}, "other images;"),
         ({"--group_size": "1"}, "other group_size;"),
-        ({"--batch_size": "4"}, "other rewards;"),
         ({"--rewards": REDNESS}, "other rewards;"),
     ],
 )
@@ -331,6 +330,17 @@ def test_a_part_file_of_another_scoring_says_what_differs(
     assert (tmp_path / "s.jsonl.part").read_bytes() == before
     assert interrupted(tmp_path, LINES, monkeypatch) == 0
     assert [row["prompt"] for row in rows_of(tmp_path / "s.jsonl")] == [line["prompt"] for line in LINES]
+
+
+def test_it_goes_on_with_a_reward_that_is_run_in_another_way(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert interrupted(tmp_path, LINES, monkeypatch) == 130
+    kept = len((tmp_path / "s.jsonl.part").read_text().splitlines()) - 1
+    again = f"{{reward_model: {BRIGHTNESS}, async_reward: true, timeout: 20}}"
+    assert kept > 0
+    assert interrupted(tmp_path, LINES, monkeypatch, **{"--batch_size": "4", "--rewards": again}) == 0
+    assert len(rows_of(tmp_path / "s.jsonl")) == len(LINES)
 
 
 def test_half_a_group_and_half_a_letter_are_scored_again(

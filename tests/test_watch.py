@@ -224,6 +224,12 @@ def test_a_reward_on_another_scale_or_as_ranks_is_no_witness() -> None:
     ]
     assert held_out(measured, [entry("trained")]) == held_out(measured, [entry("trained", "PickScore_Rank")]) == []
     assert held_out([entry("a", "CLIP", options={"scale": "logits"})], [entry("b", "CLIP")]) == []
+    assert held_out([entry("a", "OCR", options={"workers": 1})], [entry("b", "OCR")]) == []  # the same, run otherwise
+    judge = {"api_key": "***", "top_logprobs": 20}  # as a saved config shows it, and a default
+    assert held_out([entry("a", "vllm_evaluate", options=judge)], [entry("b", "vllm_evaluate")]) == []
+    far = {"server_url": "http://a", "required_fields": ["image"]}
+    others = [entry("a", "RemotePointwiseRewardModel", options={**far, "server_url": "http://b"})]
+    assert held_out(others, [entry("b", "RemotePointwiseRewardModel", options=far)]) == ["a"]
     language = entry("a", "LanguageReward", options={"model": "m"})
     scaled = entry("b", "LanguageReward", options={"model": "m", "mean": 0.5, "std": 2})
     other = entry("c", "LanguageReward", options={"model": "n"})

@@ -20,7 +20,7 @@ WITH_CONFIG = {  # command -> the packaged configs that are for it
     "train-reward": ("shapes_preference",),
     "pretrain": ("tiny_sd3", "tiny_sd3_phase2", "tiny_words"),
 }
-RESUMED = ("train", "train-reward", "score")  # started again they go on from what is on disk
+RESUMED = ("train", "train-reward", "pretrain", "score")  # started again they go on from what is on disk
 FLAGS = ("--help", "--print-config", "--print_config")  # the only words with dashes that may come before the config
 SCALING = ("min_replicas", "max_replicas", "target_ongoing_requests", "num_cpus", "num_gpus", "address")  # of serve
 KEPT_BYTES = 2**30  # of freed memory: what one step on a CPU frees, the next one needs
@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{words[1]}: the config comes first: tiltflow {words[0]} CONFIG {words[1]} ...")
     known, rest = parser.parse_known_args(words)
     try:
-        from tiltflow.runtime.overrides import read_overrides
-
-        return int(known.run(known, read_overrides(rest)) or 0)
+        return int(known.run(known, _overrides(rest)) or 0)
     except TiltflowError as error:
         print(f"tiltflow {known.command}: {error}", file=sys.stderr)
         return 2
@@ -368,11 +366,19 @@ def _doctor(arguments: argparse.Namespace, overrides: Overrides) -> None:
         from tiltflow.commands import doctor_report
     except (ImportError, OSError, RuntimeError) as error:  # a package that is missing, or broken in one of these ways
         raise ConfigError(
-            f"a package that tiltflow needs cannot be imported: {error}; install it anew, for example with "
-            "pip install --force-reinstall tiltflow"
+            f"a package that tiltflow needs cannot be imported: {error}; install it anew: make install, or pip install "
+            "--force-reinstall PACKAGE"
         ) from error
 
     print(doctor_report())
+
+
+def _overrides(words: Sequence[str]) -> Overrides:
+    if not words:
+        return []  # without the packages that reading takes: doctor may have to say that they are missing
+    from tiltflow.runtime.overrides import read_overrides
+
+    return read_overrides(words)
 
 
 def _no_overrides(arguments: argparse.Namespace, overrides: Overrides, more: str = "") -> None:

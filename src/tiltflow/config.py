@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from tiltflow.algorithms import RAMConfig
 from tiltflow.errors import ConfigError
@@ -62,18 +62,6 @@ class RunConfig(Config):
     eval_rewards: tuple[RewardArguments, ...] = ()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-    @model_validator(mode="after")
-    def _watch_has_something_to_see(self) -> "RunConfig":
-        if self.train.early_stop is None:
-            return self
-        watched = held_out(self.eval_rewards or self.rewards, self.rewards)
-        if not (watched and self.train.evaluate_every):
-            raise ValueError(
-                f"train.early_stop={self.train.early_stop} compares evaluations of held-out rewards: set "
-                "train.evaluate_every, and eval_rewards that are not trained on, or leave it out"
-            )
-        return self
 
 
 class EvaluateConfig(Config):
@@ -201,7 +189,13 @@ def run_config(
             check_reward(reward, provided=PROVIDED_FIELDS)
         checked[key] = tuple(map(sealed_reward, rewards))
     size = config.evaluation.images_per_prompt
-    check_group_size(config.eval_rewards or config.rewards, size, key="evaluation.images_per_prompt")
+    measured = config.eval_rewards or config.rewards
+    check_group_size(measured, size, key="evaluation.images_per_prompt")
+    if config.train.early_stop is not None and not (config.train.evaluate_every and held_out(measured, config.rewards)):
+        raise ConfigError(
+            f"{source}: train.early_stop={config.train.early_stop} compares evaluations of held-out rewards: set "
+            "train.evaluate_every, and eval_rewards that are not trained on, or leave it out"
+        )
     return config.model_copy(update=checked)
 
 

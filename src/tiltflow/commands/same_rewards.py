@@ -29,7 +29,7 @@ def split_reward(entry: Entry, classes: Classes) -> tuple[dict[str, Any], dict[s
     """
     options = without_secrets(entry, classes)["options"]
     cls = classes.get(entry["reward_model"])
-    running = () if cls is None else cls.running_options
+    running = () if cls is None else cls.how_run(options)
     what = {key: entry.get(key) for key in WHAT}
     what["options"] = {name: value for name, value in options.items() if name not in running}
     how = {key: value for key, value in entry.items() if key not in (*WHAT, "options")}

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tiltflow.commands.same_rewards import reward_classes, split_reward
 from tiltflow.data.images import ImageFile
 from tiltflow.errors import ConfigError, DataError
 from tiltflow.rewards import RewardArguments
@@ -48,8 +49,9 @@ class PartFile:
         self._images = [str(file.path) for file in files]
         self._states = [_state(file.path) for file in files]  # before any is read: a later change shows
         self._group_size = group_size
+        classes = reward_classes(rewards)
         self._head: dict[str, Any] = {
-            "rewards": [reward.model_dump(mode="json") for reward in rewards],
+            "rewards": [split_reward(reward.model_dump(mode="json"), classes)[0] for reward in rewards],
             "number of images": len(files),
             "images": _digest(self._images),
             "prompts": _digest([file.prompt.text for file in files]),

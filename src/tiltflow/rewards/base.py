@@ -82,6 +82,15 @@ class RewardModel(ABC):
     running_options: ClassVar[tuple[str, ...]] = ()  # own options that are only how it is run
     cpu_only: ClassVar[bool] = False  # computes on the CPU whatever `device` says
 
+    @classmethod
+    def how_run(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Name those of some own options that are only how the reward is run, and not what it measures.
+
+        Args:
+            options: As they stand in a config.
+        """
+        return cls.running_options
+
     def __init__(self, config: RewardArguments, accelerator: "Accelerator | None" = None):
         """Keep the config; a subclass loads its model after calling this.
 

@@ -54,7 +54,7 @@ class DeQAReward(PointwiseRewardModel):
     default_timeout = DEFAULT_TIMEOUT
     Options = DeQAOptions
     needed_options = ("model",)
-    running_options = ("base_url", *RUNNING)
+    running_options = RUNNING  # not base_url: an endpoint is asked another question than a local model
     option_packages = {"base_url": "openai"}  # noqa: RUF012  # a class attribute, as in the base
 
     @classmethod

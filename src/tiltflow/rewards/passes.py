@@ -68,7 +68,8 @@ class Job:
             if Media.writes(fields) != before:
                 raise WrittenMedia(
                     f"the tensors of the samples were written to while reward {self.model.config.name!r} scored them, "
-                    "and other rewards look at them too; let it clone() a tensor before it changes it"
+                    "by it or by another asynchronous one, and other rewards look at them too; let it clone() a tensor "
+                    "before it changes it"
                 )
 
 

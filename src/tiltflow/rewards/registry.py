@@ -18,7 +18,7 @@ from tiltflow.rewards.base import (
     RewardModel,
 )
 from tiltflow.rewards.places import with_place
-from tiltflow.rewards.secrets import STARS, sealed, secret_names, starred
+from tiltflow.rewards.secrets import STARS, sealed, secret_keys, secret_names, starred
 from tiltflow.serving.wire import FIELDS
 from tiltflow.types import Config, Prompt
 
@@ -220,13 +220,17 @@ def identity(arguments: RewardArguments) -> str:
 
 
 def subject(arguments: RewardArguments) -> str:
-    """Return a key that is equal for entries which measure the same, if on other scales, as ranks, or less exactly."""
+    """Return a key that is equal for entries which measure the same.
+
+    They may do so on other scales, as ranks, less exactly, or be run in another way.
+    """
     found = _resolved(arguments)
     if found is None:
         what, options = arguments.reward_model, dict(arguments.options)
     else:
         cls, own = found
-        what, options = cls.measures or _path(cls), own.model_dump(exclude=set(cls.scale_options))
+        unlike = {*cls.scale_options, *cls.how_run(arguments.options), *secret_keys(cls.Options)}
+        what, options = cls.measures or _path(cls), own.model_dump(exclude=unlike)
     return json.dumps({"reward": what, "options": options}, sort_keys=True, default=_distinct)
 
 
@@ -238,8 +242,8 @@ def _resolved(arguments: RewardArguments) -> tuple[type[RewardModel], Config] | 
     """
     try:
         cls = reward_class(arguments.reward_model)
-        return cls, _options(arguments, cls)
-    except RewardError:
+        return cls, cls.Options.model_validate(dict(arguments.options))
+    except (RewardError, ValidationError):
         return None
 
 

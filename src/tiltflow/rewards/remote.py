@@ -89,9 +89,14 @@ class RemoteRewardModel(RewardModel):
     default_timeout = DEFAULT_TIMEOUT
     Options = RemoteOptions
     packages = ("httpx2", "stamina")
-    running_options = ("server_url", "retry_attempts", "partial")
+    running_options = ("retry_attempts", "partial")
     groupwise: ClassVar[bool]
     partner: ClassVar[str]  # the class for models that this one is not for
+
+    @classmethod
+    def how_run(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Name the server's address too where `model` is given: else it decides which model it is."""
+        return (*cls.running_options, "server_url") if options.get("model") else cls.running_options
 
     def __init__(
         self,
