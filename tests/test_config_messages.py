@@ -74,6 +74,12 @@ def test_entries_that_are_no_mappings_show_no_secret() -> None:
     assert "sk-" not in str(raised.value)
 
 
+def test_an_entry_without_its_braces_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = "reward_model: vllm_evaluate, api_key: sk-SECRET"
+    found = refused(capsys, "score", "--images", "/tmp", "--rewards", typed)
+    assert found.startswith("--rewards is not a valid YAML value: line 1: ") and "sk-" not in found
+
+
 def test_a_list_that_is_too_short_is_still_told() -> None:
     assert message(values(rewards=[])).startswith("my.yaml: rewards=[]: Tuple should have at least 1 item")
 

@@ -14,7 +14,8 @@ def exit_is_error() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        raise RuntimeError(f"SystemExit: {error}") from error
+        # With the traceback, whose innermost frame says where in the reader's own code it came from.
+        raise RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__) from error
 
 
 class TiltflowError(Exception):

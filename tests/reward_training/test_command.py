@@ -263,6 +263,20 @@ def test_the_model_is_of_the_steps_that_were_trained_last(tmp_path: Path, keep_b
         assert told["step"] == 18
 
 
+def test_a_new_run_keeps_the_model_that_a_kill_left_half_replaced(tmp_path: Path) -> None:
+    config, out = write(tmp_path, train={"max_steps": 1}), tmp_path / "out"
+    assert run(config) == 0
+    first = (out / "model" / "model.safetensors").read_bytes()
+    (out / "model").rename(out / ".model.former")  # as a kill between the two renames of its writing leaves it
+    (out / "latest").unlink()
+    for checkpoint in out.glob("step_*"):
+        shutil.rmtree(checkpoint)
+    assert run(config, "--train.lr", "0.02") == 0
+    assert (out / "model.old" / "model.safetensors").read_bytes() == first
+    assert (out / "model" / "model.safetensors").read_bytes() != first
+    assert not (out / ".model.former").exists()
+
+
 def test_notes_are_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(write(tmp_path), "--max_steps", "1") == 0
     assert "; ties: 3; longer than 5 tokens, truncated: 2; 6 steps an epoch" in capsys.readouterr().err

@@ -222,9 +222,8 @@ def test_a_library_that_ends_its_thread_is_a_failure_and_not_a_hang() -> None:
             raise SystemExit("no licence")
 
     table = engine_of(Quitting, async_reward=True, on_error="mask").score(batch([0.1]))
-    assert [(failure.kind, failure.message) for failure in table.failures] == [
-        ("RuntimeError", "SystemExit: no licence")
-    ]
+    assert [failure.kind for failure in table.failures] == ["RuntimeError"]
+    assert table.failures[0].message.startswith("SystemExit: no licence (at test_async.py:")
 
 
 def test_a_failure_that_ends_the_scoring_is_told_while_samples_still_come() -> None:

@@ -235,6 +235,21 @@ def test_missing_weights_are_named(name: str, message: str, tmp_path: Path, monk
         build(name)
 
 
+def test_a_part_of_a_model_in_the_cache_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODELS_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo = tmp_path / "cache" / "models--someone--half"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "snapshots" / "abc" / "model.safetensors").touch()
+    message = (
+        r"someone/half is in the hub's cache without a config\.json; download all of it \(hf download someone/half\)"
+    )
+    with pytest.raises(RewardError, match=message):
+        build("PickScore", model_name_or_path="someone/half")
+
+
 def test_a_run_that_has_made_no_model_yet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODELS_VARIABLE, str(tmp_path))
     (tmp_path / "model").mkdir()

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -42,6 +43,14 @@ def test_a_local_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert expected.unique().numel() == 4
         levels = torch.tensor(table.extra_info["deqa"]["levels"])
         torch.testing.assert_close(levels.sum(1), torch.ones(4))
+
+
+def test_a_local_model_sees_the_upper_half_of_16_bits(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    reward = build_reward("DeQAScore", device="cpu", model=str(save_vlm(tmp_path)))
+    images = [Image.fromarray(ramp), Image.fromarray((ramp >> 8).astype(np.uint8))]
+    one, other = (torch.as_tensor(reward(prompt=[""], image=[image]).rewards) for image in images)
+    assert torch.equal(one, other)
 
 
 def test_a_model_behind_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The GenEval reward on drawn scenes: pictures in, scores and their explanation out."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiltflow.demo.scenes import SceneObject, draw_scene
 from tiltflow.errors import RewardError
 from tiltflow.rewards import RewardEngine, build_reward, check_prompts, check_reward
 from tiltflow.rewards.geneval import Detection
+from tiltflow.rewards.geneval_reward import detector_class
 from tiltflow.types import Prompt, RewardTable, SampleBatch
 
 LEFT = SceneObject("circle", "red", x=16.0, y=32.0, radius=10.0)
@@ -157,6 +159,14 @@ def test_the_published_prompts_can_be_found() -> None:
 def test_unknown_detectors(detector: str, message: str) -> None:
     with pytest.raises(RewardError, match=message):
         build_reward("Geneval", device="cpu", detector=detector)
+
+
+def test_a_detector_that_ends_the_process_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quitting_detector.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = "detector='quitting_detector.Mine' cannot be imported: RuntimeError: SystemExit: 0"
+    with pytest.raises(RewardError, match=message):
+        detector_class("quitting_detector.Mine")
 
 
 @pytest.mark.parametrize(

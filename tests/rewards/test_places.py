@@ -18,6 +18,7 @@ import json
 import torch
 from PIL import Image
 from tiltflow.rewards import PointwiseRewardModel, RewardModelOutput
+from tiltflow.rewards.crowd import do_all
 
 
 def helper(text):
@@ -37,10 +38,27 @@ class Marked(PointwiseRewardModel):
         except Exception as error:
             failures[1] = error
         return RewardModelOutput([0.0] * len(prompt), failures=failures)
+
+
+class Quits(PointwiseRewardModel):
+    def __call__(self, prompt, image=None, **media):
+        raise SystemExit("no licence")
+
+
+class Asks(PointwiseRewardModel):
+    def __call__(self, prompt, image=None, **media):
+        done = do_all(self.ask, prompt, at_once=2)
+        return RewardModelOutput([0.0] * len(prompt), failures={0: done.failures[0]})
+
+    def ask(self, prompt):
+        raise SystemExit("no licence")
 """
 
 
-@pytest.mark.parametrize(("name", "line", "samples"), [("Broken", 9, (0, 1)), ("Marked", 21, (1,))])
+@pytest.mark.parametrize(
+    ("name", "line", "samples"),
+    [("Broken", 10, (0, 1)), ("Marked", 22, (1,)), ("Quits", 30, (0, 1)), ("Asks", 39, (0,))],
+)
 @pytest.mark.parametrize("lanes", [{}, {"async_reward": True}])
 def test_a_failure_tells_the_line_of_the_rewards_own_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: int, samples: tuple[int, ...], lanes: dict

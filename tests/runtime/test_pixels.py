@@ -1,6 +1,8 @@
 """Pictures of every mode and orientation: the pixels that scoring, training and servers get of them."""
 
 import io
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,18 @@ def test_grey_of_16_bits_is_turned_too() -> None:
 @pytest.mark.parametrize("exif", [b"junk", b"Exif\0\0junkjunkjunk"])
 def test_damaged_exif_data_say_nothing(exif: bytes) -> None:
     np.testing.assert_array_equal(read_pixels(saved(Image.fromarray(COLOURS), exif=exif), name="it").numpy(), COLOURS)
+
+
+def test_a_damaged_entry_of_exif_data_says_nothing() -> None:
+    """The other entries count, except where warnings are errors, as in these tests."""
+    entries = [(0x0112, 3, 1, 6), (0x010F, 2, 100, 5000)]  # tag, type, count, value: turned; a text beyond the end
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+    data = saved(Image.fromarray(COLOURS), exif=exif)
+    np.testing.assert_array_equal(read_pixels(data, name="it").numpy(), COLOURS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+        np.testing.assert_array_equal(read_pixels(data, name="it").numpy(), np.rot90(COLOURS, -1))
 
 
 @pytest.mark.parametrize("value", [0, 9])

@@ -19,6 +19,7 @@ from tiltflow.reward_training.shown import COUNT, FOLDER, pictures, write_shown
 from tiltflow.reward_training.trainer import FitStep, RewardTrainer
 from tiltflow.runtime.checkpoint import CheckpointStore, write_atomically
 from tiltflow.runtime.distributed import Distributed
+from tiltflow.runtime.files import put_back
 from tiltflow.runtime.tracking import ProgressBar, TrackerGroup
 
 # Where one of these changes, a model's numbers do not compare with those before.
@@ -136,6 +137,7 @@ class _RewardRun:
         The best models also move away where those to come are measured on something else.
         """
         final, best = self.folder / "model", self.folder / "best"
+        put_back(final)  # before it is looked for: a kill may have left it under another name
         goes_on = self.trainer.step < self.trainer.total_steps
         if afresh:
             for former in (best, self.folder / FOLDER, self.folder / EVALUATION_FOLDER):

@@ -50,7 +50,7 @@ def do_all(work: Callable[[S], T], items: Sequence[S], *, at_once: int) -> Done[
                 failure = error
             except BaseException as error:
                 # Such as a library's sys.exit: it would end the thread, and nobody would know.
-                failure = RuntimeError(f"{type(error).__name__}: {error}")
+                failure = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
             else:
                 continue
             with lock:

@@ -102,7 +102,7 @@ class DeQAReward(PointwiseRewardModel):
     ) -> RewardModelOutput:
         """Score PIL images; what a model behind an endpoint does not answer is a failure of that image alone."""
         if isinstance(self._judge, DeQAScorer):
-            probabilities = self._judge.rate(image)
+            probabilities = self._judge.rate([to_rgb(each) for each in image])
             return RewardModelOutput(expected_level(probabilities), {"levels": probabilities.tolist()})
         done = do_all(self._judge.rate, image, at_once=self._judge.options.max_concurrent)
         none = [math.nan] * len(LEVELS)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator
 
-from tiltflow.errors import RewardError
+from tiltflow.errors import RewardError, exit_is_error
 from tiltflow.rewards.base import PointwiseRewardModel, RewardArguments, RewardModelOutput, Weights
 from tiltflow.rewards.geneval import COLORS, Detection, GenevalResult, check_findable, colored_classes, score_detections
 from tiltflow.runtime.pixels import to_rgb
@@ -187,7 +187,8 @@ def detector_class(name: str) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RewardError(f"detector={name!r} is neither built in ({', '.join(DETECTORS)}) nor a Python path{hint}")
     try:
-        contents = vars(import_module(module))
+        with exit_is_error():
+            contents = vars(import_module(module))
     except Exception as error:  # the user's module may fail in any way while it is imported
         raise RewardError(f"detector={name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if attribute not in contents:

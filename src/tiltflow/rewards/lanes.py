@@ -34,7 +34,7 @@ class Call(Generic[T]):
         except Exception as error:  # kept for whoever waits for this call
             self.error = error
         except BaseException as error:  # such as a library's sys.exit: it would end the thread, and nobody would know
-            self.error = RuntimeError(f"{type(error).__name__}: {error}")
+            self.error = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
         finally:
             self.ended = time.monotonic()
             self.done.set()

@@ -91,12 +91,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: The system refused; the old folder is untouched.
     """
-    temporary, former = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "former"))
+    temporary, former = _beside(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if former.exists():
-            os.rename(former, temporary if path.exists() else path)
-            shutil.rmtree(temporary, ignore_errors=True)
+        put_back(path)
         temporary.mkdir(parents=True)
         yield temporary
         mode = temporary.stat().st_mode & 0o666  # what the umask gives; safetensors narrows it
@@ -114,6 +111,24 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if reason is None:
             raise
         raise write_error(path.name, path.parent, reason) from error
+
+
+def put_back(path: Path) -> None:
+    """Put back the old folder that a kill between the two renames of `replacing_folder` left; remove other remains.
+
+    Raises:
+        OSError: The system refused.
+    """
+    temporary, former = _beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if former.exists():
+        os.rename(former, temporary if path.exists() else path)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Return where `replacing_folder` makes the new folder, and where the old one is meanwhile."""
+    return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.former")
 
 
 def exchange(path: Path, new: Path, *, former: Path) -> None:

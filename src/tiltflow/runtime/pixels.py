@@ -23,7 +23,7 @@ def upright(picture: Image.Image) -> Image.Image:
     """Return a picture as viewers show it: turned as the EXIF orientation of its file says."""
     try:
         turn = _UPRIGHT.get(picture.getexif().get(Base.Orientation, 1))
-    except SyntaxError:  # Pillow's word for EXIF data that are damaged; viewers disregard them too
+    except (SyntaxError, UserWarning):  # of EXIF data that are damaged; where warnings are errors they raise this one
         return picture
     return picture if turn is None else picture.transpose(turn)
 

@@ -51,7 +51,7 @@ def parse_value(key: str, text: str, *, as_text: bool = False) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        typed = "" if "{" in text else f" {text!r}"  # a mapping may hold secrets
+        typed = "" if "{" in text or ":" in text else f" {text!r}"  # a mapping may hold secrets
         raise ConfigError(f"--{key}{typed} is not a valid YAML value: {_one_line(error)}") from error
     if isinstance(value, str):
         try:

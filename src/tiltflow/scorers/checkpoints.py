@@ -112,8 +112,10 @@ class WeightsFolder:
                 f"there is no model at {self.repo} (a folder with a config.json); if a run makes it, let that run end "
                 "first: `tiltflow train-reward CONFIG` writes OUTPUT_DIR/model"
             )
+        cached = hub_snapshot(self.repo) is not None
+        state = "is in the hub's cache without a config.json; download all of" if cached else "was not found; download"
         raise RewardError(
-            f"the model {self.repo} was not found; download it (hf download {self.repo}) or put its folder at "
+            f"the model {self.repo} {state} it (hf download {self.repo}) or put its folder at "
             f"{models_folder() / self.repo.rpartition('/')[2]} (or set {MODELS_VARIABLE})"
         )
 

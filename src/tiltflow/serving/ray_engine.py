@@ -90,6 +90,7 @@ class Replica:
         """Return the application, whose lifespan Ray runs; it has the replica's process to itself."""
         keep_memory()
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked, from the header
+        warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # on damaged EXIF entries, ever other texts
         metrics = make_metrics()
         limits = self._settings.limits
         self._models = make_models(self._specs, limits=limits, metrics=metrics)

@@ -78,6 +78,7 @@ def run_server(specs: Sequence[ModelSpec], settings: ServerSettings, *, note: st
     """
     keep_memory()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked, from the header
+    warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # on damaged EXIF entries, ever other texts
     with listen(settings) as found:
         server = _Server(specs, settings)
         print(f"tiltflow: listening on {address_of(found)} ({', '.join(server.models)})", flush=True)

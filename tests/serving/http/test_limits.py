@@ -4,6 +4,7 @@ import io
 import json
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -377,3 +378,15 @@ def alive(connection: socket.socket) -> bool:
         assert part, reply
         reply += part
     return reply.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_damaged_exif_entries_do_not_fill_the_log() -> None:
+    with faulty() as server:
+        for tag in range(0x010E, 0x0112):
+            entry = struct.pack("<HHII", tag, 2, 100, 5000)  # a text beyond the end: Pillow's warning names the tag
+            buffer = io.BytesIO()
+            exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+            Image.new("RGB", (8, 8)).save(buffer, "PNG", exif=exif)
+            item = {"prompt": "4", "image": b64(buffer.getvalue())}
+            assert server.post("/v1/score", {"items": [item]}).status == 200
+    assert not any("Tag data" in line for line in server.lines)
