@@ -2,7 +2,7 @@
 
 import os
 
-# What the machine has must not matter: a proxy, which would be asked for 127.0.0.1 too, or a token for servers.
+# What the machine has must not matter: a proxy, which would be asked for 127.0.0.1 too, tokens, or weights.
 os.environ.pop("HTTP_PROXY", None)
 os.environ.pop("http_proxy", None)
 os.environ.pop("HTTPS_PROXY", None)
@@ -10,6 +10,7 @@ os.environ.pop("https_proxy", None)
 os.environ.pop("ALL_PROXY", None)
 os.environ.pop("all_proxy", None)
 os.environ.pop("TILTFLOW_SERVER_TOKEN", None)
+os.environ.pop("TILTFLOW_MODELS", None)
 os.environ.update(
     {
         "HF_HUB_CACHE": os.path.join(os.path.dirname(__file__), "no_models"),  # there is no such folder

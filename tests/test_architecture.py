@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "policies": BASE | {"flow", "runtime", "scorers.clip_tokenizer"},  # small models of both rooms read with it
     "scorers": BASE,
     "rewards": BASE
-    | {"scorers", "serving.wire", "data.preferences", "data.records", "runtime.pixels"},  # as in training
+    | {"scorers", "serving.wire", "runtime.pixels"}
+    | {"data.preferences", "data.records"},  # texts as in training
     "reward_training": BASE | {"scorers", "data", "runtime"},
     "algorithms": {"types", "flow"},
     "training": BELOW_TRAINING,

@@ -27,7 +27,7 @@ class Interrupts(PointwiseRewardModel):
     def __call__(self, prompt=None, image=None, **media):
         calls = Path("calls")
         calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
-        if len(calls.read_text()) == 3:
+        if len(calls.read_text()) == 66:
             os.kill(os.getpid(), signal.SIGINT)
         return RewardModelOutput(torch.zeros(len(image)))
 """
@@ -36,7 +36,7 @@ class Interrupts(PointwiseRewardModel):
 def test_score_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "interrupts.py").write_text(REWARD)
     (tmp_path / "images").mkdir()
-    for index in range(5):
+    for index in range(70):  # more than the 64 whose rows are kept at once
         Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
     words = ["score", "--rewards", "interrupts.Interrupts", "--images", "images", "--batch_size", "1"]
 
@@ -57,7 +57,8 @@ def test_score_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     assert done.stderr.endswith("\ntiltflow score: interrupted; run the same command again to go on\n")
     done = run()
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 5
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 70
+    assert len((tmp_path / "calls").read_text()) == 66 + 6  # the first 64 were not scored again
 
 
 @pytest.mark.parametrize(

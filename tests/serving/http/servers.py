@@ -174,6 +174,28 @@ def faulty(name: str = "Faulty", *, ready: bool = True, **settings: Any) -> Iter
         yield server
 
 
+def calls_of(log: Path, prompt: str) -> int:
+    """Return how many calls of a model, one a line in its log, had such a prompt."""
+    return sum(prompt in line for line in log.read_text().splitlines())
+
+
+@contextlib.contextmanager
+def busy(server: Server, log: Path, folder: Path) -> Iterator[None]:
+    """Keep the model busy until the end of the block."""
+    go = folder / "go"
+    held = threading.Thread(target=server.score, args=([f"until={go}"],))
+    held.start()
+    end = time.monotonic() + 30
+    while not calls_of(log, str(go)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        go.touch()
+        held.join(30)
+
+
 def _port(process: "subprocess.Popen[str]", lines: Sequence[str]) -> int:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.serving.http.servers import Answer, Server, at_once, b64, codes, faulty, picture, scores
+from tests.serving.http.servers import Answer, Server, at_once, b64, busy, codes, faulty, picture, scores
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +122,9 @@ def test_a_lost_worker_is_told_and_replaced_and_three_times_is_the_end() -> None
 
 
 def test_sigterm_under_load_loses_nothing_and_leaves_no_process(tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    with faulty(batch_size=1) as server:
+    log = tmp_path / "calls.jsonl"
+    log.touch()
+    with faulty(batch_size=1, log=str(log)) as server:
         family = server.descendants()
 
         def ask(index: int) -> tuple[int, list[float | None]]:
@@ -132,15 +132,13 @@ def test_sigterm_under_load_loses_nothing_and_leaves_no_process(tmp_path: Path) 
                 server.wait_queued(8)
                 server.signal(signal.SIGTERM)
                 time.sleep(0.2)
-                go.touch()
+                (tmp_path / "go").touch()
                 return 200, []
             answer = server.score([f"sleep=0.1{index}"])
             return answer.status, scores(answer)
 
-        held = threading.Thread(target=server.score, args=([f"until={go}"],))
-        held.start()
-        answers = at_once(9, ask)
-        held.join(30)
+        with busy(server, log, tmp_path):
+            answers = at_once(9, ask)
         assert [status for status, _ in answers] == [200] * 9
         assert [told for _, told in answers[:8]] == [[float(f"0.1{index}")] for index in range(8)]
         server.process.wait(15)
@@ -181,22 +179,20 @@ def test_a_constructor_that_fails_ends_the_server_with_its_message() -> None:
 
 
 def test_a_full_queue_turns_away_at_once_and_answers_what_it_took(tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    with faulty(batch_size=1, limits={"queue_items": 4}) as server:
+    log = tmp_path / "calls.jsonl"
+    log.touch()
+    with faulty(batch_size=1, limits={"queue_items": 4}, log=str(log)) as server:
 
         def ask(index: int) -> Answer:
             if index < 4:
                 return server.score([str(index)])
             server.wait_queued(4)
             shed = server.score(["7"])
-            go.touch()
+            (tmp_path / "go").touch()
             return shed
 
-        held = threading.Thread(target=server.score, args=([f"until={go}"],))
-        held.start()
-        server.wait_queued(0)
-        *taken, shed = at_once(5, ask)
-        held.join(30)
+        with busy(server, log, tmp_path):
+            *taken, shed = at_once(5, ask)
     assert (shed.status, shed.error["code"]) == (429, "overloaded") and int(shed.headers["retry-after"]) >= 1
     assert [scores(answer) for answer in taken] == [[0.0], [1.0], [2.0], [3.0]]
 

@@ -54,12 +54,13 @@ def test_200_slow_bodies_are_cut_and_others_are_served_meanwhile(server: Server)
     try:
         for connection in slow:
             connection.sendall(head("Content-Length: 1000") + b"{")
-        waits: list[float] = []
-        while time.monotonic() - start < 1.0 or len(waits) < 3:
+        served = 0  # while every slow body was still waited for
+        while not select.select(slow, [], [], 0)[0]:
+            assert time.monotonic() - start < 30
             answer = server.score(["4"])
             assert (answer.status, scores(answer)) == (200, [4.0])
-            waits.append(answer.seconds)
-        assert min(waits) < 0.5  # half of what a slow body is waited for
+            served += not select.select(slow, [], [], 0)[0]
+        assert served
         assert {status_of(connection) for connection in slow} == {408}
     finally:
         for connection in slow:

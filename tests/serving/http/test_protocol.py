@@ -1,7 +1,6 @@
 """The protocol from the other end of the connection: three kinds of bodies, streams, keys, groups, adapters, tokens."""
 
 import base64
-import contextlib
 import io
 import json
 import socket
@@ -24,6 +23,8 @@ from tests.serving.http.servers import (
     Server,
     at_once,
     b64,
+    busy,
+    calls_of,
     codes,
     faulty,
     levels,
@@ -235,10 +236,6 @@ def test_a_stream_that_breaks_has_no_done() -> None:
         assert server.score(["kill=2"], headers={"Accept": NDJSON}).status == 503  # nothing was sent before it
 
 
-def calls_of(log: Path, prompt: str) -> int:
-    return sum(prompt in line for line in log.read_text().splitlines())
-
-
 def test_the_same_key_is_computed_once(server: Server, log: Path) -> None:
     key = {"Idempotency-Key": "one"}
     answers = at_once(4, lambda _: server.score(["sleep=0.501"], headers=key))
@@ -276,23 +273,6 @@ def leave(server: Server, prompt: str, *, key: str = "") -> None:
         )
         server.wait_queued(1)
         time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def busy(server: Server, log: Path, folder: Path) -> Iterator[None]:
-    """Keep the model busy until the end of the block."""
-    go = folder / "go"
-    held = threading.Thread(target=server.score, args=([f"until={go}"],))
-    held.start()
-    end = time.monotonic() + 30
-    while not calls_of(log, str(go)):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    try:
-        yield
-    finally:
-        go.touch()
-        held.join(30)
 
 
 def test_what_a_client_that_left_had_asked_is_not_computed(server: Server, log: Path, tmp_path: Path) -> None:
