@@ -19,7 +19,7 @@ from tiltflow.serving.wire import JSON, NDJSON, SAFETENSORS, Limits, WireError
 
 MIB = 2**20
 LIMITS = {
-    "body_seconds": 1.0,
+    "body_seconds": 3.0,
     "inflight_bytes": 256 * MIB,
     "image_side": 4096,
     "decoded_bytes": 20 * MIB,
