@@ -10,6 +10,7 @@ from tests.rewards.samples import batch, entry
 from tiltflow.errors import RewardError
 from tiltflow.rewards import PointwiseRewardModel, RewardEngine, RewardModelOutput, media
 from tiltflow.rewards.jpeg import JPEGCompressibilityReward, jpeg_bytes
+from tiltflow.rewards.media import Lookers
 from tiltflow.types import Prompt
 
 
@@ -100,9 +101,22 @@ def normalise_in_inference_mode(tensor: torch.Tensor) -> None:
 @pytest.mark.parametrize("fields", [{}, {"on_error": "mask"}, {"on_error": "mask", "async_reward": True}])
 @pytest.mark.parametrize("work", [normalise, normalise_and_fail, normalise_in_inference_mode])
 def test_a_reward_that_writes_to_the_samples_ends_the_scoring(work: Any, fields: dict[str, Any]) -> None:
-    who = "(r|next)" if fields.get("async_reward") else "r"  # which of two that run at a time finds it first, is chance
-    with pytest.raises(RewardError, match=rf"written to while reward '{who}' scored them.*; let it clone\(\) a tensor"):
+    # Whichever of two that run at a time finds it first: the one that wrote is named.
+    who = "rewards? ('next', )?'r'" if fields.get("async_reward") else "reward 'r'"
+    with pytest.raises(RewardError, match=rf"written to while {who} scored them.*; let it clone\(\) a tensor"):
         writing(work, **fields).score(batch([0.5, 0.25]))
+
+
+def test_who_looks_at_the_samples_at_the_same_time() -> None:
+    lookers = Lookers()
+    with lookers.join("gone"):
+        pass
+    with lookers.join("a") as first:
+        with lookers.join("b") as second:
+            pass
+        with lookers.join("c") as third:
+            assert third == {"a", "c"}
+    assert (first, second) == ({"a", "b", "c"}, {"a", "b"})
 
 
 def test_a_reward_that_changes_a_clone_is_fine() -> None:

@@ -1,6 +1,7 @@
 """The samples in the forms that rewards ask for, each converted once, whoever asks first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -14,6 +15,29 @@ from tiltflow.rewards.base import RewardModel
 from tiltflow.types import Prompt
 
 Conditions = Sequence[Sequence[Tensor] | Tensor] | Tensor
+
+
+class Lookers:
+    """Which rewards look at the samples at the same time: so that an error about them names the one that did it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._now: list[tuple[str, set[str]]] = []
+
+    @contextmanager
+    def join(self, name: str) -> Iterator[set[str]]:
+        """Look at the samples; yields the names of all that look at some time while this one does, and its own."""
+        own = {name}
+        with self._lock:
+            for other, met in self._now:
+                met.add(name)
+                own.add(other)
+            self._now.append((name, own))
+        try:
+            yield own
+        finally:
+            with self._lock:
+                self._now = [each for each in self._now if each[1] is not own]
 
 
 @dataclass
@@ -31,6 +55,7 @@ class Media:
     condition_videos: list[Sequence[Tensor] | Tensor] = field(default_factory=list)  # each N of [T, 3, H, W]
 
     def __post_init__(self) -> None:
+        self.lookers = Lookers()
         self._lock = Lock()
         self._making: dict[tuple[str, int], Lock] = {}
         self._pil: dict[tuple[str, int], Any] = {}

@@ -55,22 +55,23 @@ class Job:
         """Ask the reward about the rows.
 
         Raises:
-            WrittenMedia: The reward wrote to its tensors.
+            WrittenMedia: The reward wrote to its tensors, or one that scored at the same time; names all of these.
         """
         assert self.media is not None
-        fields = self.media.fields(self.model, self.rows)
+        fields, lookers = self.media.fields(self.model, self.rows), self.media.lookers
         self.media = None
-        before = Media.writes(fields)
-        try:
-            with torch.no_grad():
-                return read_output(self.model(**fields), len(self.rows))
-        finally:
-            if Media.writes(fields) != before:
-                raise WrittenMedia(
-                    f"the tensors of the samples were written to while reward {self.model.config.name!r} scored them, "
-                    "by it or by another asynchronous one, and other rewards look at them too; let it clone() a tensor "
-                    "before it changes it"
-                )
+        with lookers.join(self.model.config.name) as names:
+            before = Media.writes(fields)
+            try:
+                with torch.no_grad():
+                    return read_output(self.model(**fields), len(self.rows))
+            finally:
+                if Media.writes(fields) != before:
+                    who = f"reward{'s' * (len(names) > 1)} {', '.join(map(repr, sorted(names)))}"
+                    raise WrittenMedia(
+                        f"the tensors of the samples were written to while {who} scored them, and other rewards look "
+                        "at them too; let it clone() a tensor before it changes it"
+                    )
 
 
 class Pass:
